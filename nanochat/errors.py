@@ -1,0 +1,17 @@
+"""The two errors that a user may see: a wrong call (exit code 2) and a failure (exit code 1).
+
+Both carry one message that says what was wrong, where (file, line or flag) and what to do. `nanochat.cli` prints the
+message without a traceback; everything else that escapes is a bug and keeps its traceback.
+"""
+
+
+class NanochatError(Exception):
+    """Something went wrong that the user can act on: a damaged file, a full disk, a missing directory."""
+
+    exit_code = 1
+
+
+class UsageError(NanochatError):
+    """The call itself was wrong: an unknown flag, a bad value, a config that contradicts the checkpoint."""
+
+    exit_code = 2
