@@ -1,0 +1,27 @@
+"""Document boundaries inside a row, and right padding: the two masks that every recurrent kernel shares.
+
+Letters: B batch, T time.
+"""
+
+import torch
+from torch import Tensor
+
+
+def resets(segments_BT: Tensor) -> Tensor:
+    """(B, T) bool: True at the first token of every segment but the row's first.
+
+    The row's first token never resets: it continues the document that the initial state comes from.
+    """
+    mask_BT = torch.zeros_like(segments_BT, dtype=torch.bool)
+    torch.ne(segments_BT[:, 1:], segments_BT[:, :-1], out=mask_BT[:, 1:])
+    return mask_BT
+
+
+def padding(lengths: Tensor, n_time: int) -> Tensor:
+    """(B, T) bool: True at positions beyond a row's length."""
+    return torch.arange(n_time, device=lengths.device) >= lengths[:, None]
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Recurrent states and decays are never kept below float32; float64 stays for the oracles."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
