@@ -1,0 +1,31 @@
+"""Comparing a short answer with the gold one, as SQuAD does (Rajpurkar et al. 2016)."""
+
+from __future__ import annotations
+
+import re
+import string
+
+ABSTENTION = "I do not know."
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalize_answer(text: str) -> str:
+    """Lower case, without punctuation, articles and repeated blanks."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def exact_match(prediction: str, gold: str) -> bool:
+    """Whether both are the same after normalisation."""
+    return normalize_answer(prediction) == normalize_answer(gold)
+
+
+def contains_answer(prediction: str, gold: str) -> bool:
+    """Whether the gold answer's words occur in the prediction in a row, as whole words. An empty gold never does."""
+    inner = normalize_answer(gold)
+    return bool(inner) and f" {inner} " in f" {normalize_answer(prediction)} "
+
+
+def is_abstention(prediction: str) -> bool:
+    """Whether the prediction is the sentence that the tasks teach for "no answer"."""
+    return exact_match(prediction, ABSTENTION)
