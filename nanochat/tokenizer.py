@@ -1,14 +1,8 @@
-"""Byte-level BPE tokenizer: trained by rustbpe, run by tiktoken, saved as plain JSON; and how a conversation is laid out.
+"""Byte-level BPE tokenizer: trained by rustbpe, run by tiktoken, saved as plain JSON.
 
-Special tokens are decided here once for every stage. Only `render` and `render_prompt` place them: text that a user, a
-document or a tool wrote is always encoded as plain bytes, whatever it says (`"<|bos|>"` becomes several ordinary tokens).
-
-A conversation is laid out as
-
-    <|bos|> [<|system_start|> ... <|system_end|>] <|user_start|> ... <|user_end|> <|assistant_start|> ... <|assistant_end|> ...
-
-and inside a message each part stands between its own start and end token (`PARTS`). The loss mask is 1 on what the
-assistant has to produce (its text, code, tool calls, searches, citations, abstention, its end) and 0 on all the rest.
+Ids 0..n-1 are byte strings in merge order, the special tokens (`nanochat.conversation.SPECIAL_TOKENS`) follow. Only
+`render` and `render_prompt` place special tokens: text that a user, a document or a tool wrote is always encoded as
+plain bytes, whatever it says (`"<|bos|>"` becomes several ordinary tokens).
 """
 
 from __future__ import annotations
@@ -22,98 +16,34 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import rustbpe
 import tiktoken
 
+from nanochat.conversation import SPECIAL_TOKENS, Rendered, render, render_prompt
 from nanochat.errors import NanochatError, UsageError
 
 log = logging.getLogger("nanochat")
 
+__all__ = ["SPECIAL_TOKENS", "SPLIT_PATTERN", "Rendered", "StreamDecoder", "Tokenizer"]
+
 FORMAT_VERSION = 1
 FILE_NAME = "bpe.json"
 
-# GPT-4's split, but numbers in groups of at most 2 digits: with a small vocabulary three-digit tokens cost too many places.
+# GPT-4's split, but numbers in groups of at most 2 digits: three-digit tokens would fill a small vocabulary.
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
-
-SPECIAL_TOKENS: tuple[str, ...] = (
-    "<|bos|>",
-    "<|pad|>",
-    "<|system_start|>",
-    "<|system_end|>",
-    "<|user_start|>",
-    "<|user_end|>",
-    "<|assistant_start|>",
-    "<|assistant_end|>",
-    "<|tool_call_start|>",
-    "<|tool_call_end|>",
-    "<|tool_output_start|>",
-    "<|tool_output_end|>",
-    "<|code_start|>",
-    "<|code_end|>",
-    "<|retrieval_start|>",
-    "<|retrieval_end|>",
-    "<|doc_start|>",
-    "<|doc_title_end|>",
-    "<|doc_end|>",
-    "<|cite_start|>",
-    "<|cite_end|>",
-    "<|search_start|>",
-    "<|search_end|>",
-    "<|result_start|>",
-    "<|result_end|>",
-    "<|abstain|>",
-    *(f"<|reserved_{i}|>" for i in range(8)),
-)
-
-# role -> the special tokens around a message, and the part types that it may hold (None: all but `document`)
-ROLES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "system": ("system", ("text", "code", "document")),
-    "user": ("user", ("text", "code", "document")),
-    "assistant": ("assistant", ("text", "code", "tool_call", "tool_output", "search", "result", "cite", "abstain")),
-    "tool": ("tool_output", ("text",)),
-    "retrieval": ("retrieval", ("text", "document", "result")),
-}
-
-# part type -> its start and end token ("" = none), and whether the assistant produces it when it speaks
-PARTS: dict[str, tuple[str, str, bool]] = {
-    "text": ("", "", True),
-    "code": ("code_start", "code_end", True),
-    "tool_call": ("tool_call_start", "tool_call_end", True),
-    "tool_output": ("tool_output_start", "tool_output_end", False),
-    "search": ("search_start", "search_end", True),
-    "result": ("result_start", "result_end", False),
-    "cite": ("cite_start", "cite_end", True),
-    "abstain": ("abstain", "", True),
-    "document": ("doc_start", "doc_end", False),
-}
 
 # Longer texts are encoded in slices: the split's `\s+(?!\S)` overflows the regex stack near a million spaces.
 _SLICE = 1 << 16
 _TRAIN_BUFFER = 1024  # texts that rustbpe takes at once; with `_SLICE` it bounds what training holds
 
 
-class Rendered(NamedTuple):
-    """Ids of a conversation, its loss mask (same length), and what `max_tokens` cost."""
-
-    ids: list[int]
-    mask: list[int]
-    dropped_turns: int = 0
-    truncated_tokens: int = 0
-
-
-class _Piece(NamedTuple):
-    ids: list[int]
-    produced: bool  # by the assistant: mask 1
-    is_text: bool  # may be shortened; the others are special tokens
-
-
 class Tokenizer:
-    """Ids 0..n-1 are byte strings in rank (merge) order, the special tokens follow. Immutable; safe to share by threads."""
+    """Text to ids and back, conversations to ids and masks. Immutable, so threads may share one."""
 
     def __init__(
         self,
@@ -289,7 +219,7 @@ class Tokenizer:
             return [ids for chunk in encoded for ids in chunk]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of `ids`; special tokens decode to their names. Raises UsageError for an id outside the vocabulary."""
+        """The bytes of `ids`; special tokens decode to their names. Raises UsageError for an id that does not exist."""
         tokens, n = self._tokens, len(self._tokens)
         ids = list(ids)
         for i in ids:
@@ -314,67 +244,12 @@ class Tokenizer:
     # ---- conversations
 
     def render(self, conversation: dict[str, Any], max_tokens: int | None = None) -> Rendered:
-        """Ids and loss mask of a whole conversation, for training.
-
-        A turn is a user's message (with the retrieval before it) and all up to the next one. Over `max_tokens`, whole
-        turns go, oldest first, never the system message or the last turn; if that is still too long, its longest texts are
-        shortened: what the assistant says at the end (and its end token leaves the loss: it did not stop there), other
-        texts in the middle. Messages of one role may follow each other. Raises UsageError naming the message.
-        """
-        return self._fit(_messages(conversation), max_tokens, [])
+        """Ids and loss mask of a whole conversation, for training. See `nanochat.conversation.render`."""
+        return render(conversation, self.encode, self.special, max_tokens)
 
     def render_prompt(self, conversation: dict[str, Any], max_tokens: int | None = None) -> Rendered:
-        """As `render`, for generation: assistant messages at the end are left out (they are the answer to find) and
-        the ids end with <|assistant_start|>. The mask is that of the history."""
-        messages = _messages(conversation)
-        while messages and messages[-1]["role"] == "assistant":
-            messages = messages[:-1]
-        return self._fit(messages, max_tokens, [self._mark("assistant_start")])
-
-    def _mark(self, name: str, produced: bool = False) -> _Piece:
-        return _Piece([self.special(name)], produced, False)
-
-    def _message(self, message: dict[str, Any], where: str) -> list[_Piece]:
-        name, allowed = ROLES[message["role"]]
-        speaks = message["role"] == "assistant"
-        pieces = [self._mark(f"{name}_start")]
-        for part in _parts(message["content"], allowed, message["role"], where):
-            start, end, producible = PARTS[part["type"]]
-            produced = speaks and producible
-            if start:
-                pieces.append(self._mark(start, produced))
-            if part["type"] == "document":
-                pieces += [_Piece(self.encode(part.get("title", "")), False, True), self._mark("doc_title_end")]
-            pieces.append(_Piece(self.encode(part["text"]), produced, True))
-            if end:
-                pieces.append(self._mark(end, produced))
-        return [*pieces, self._mark(f"{name}_end", speaks)]
-
-    def _fit(self, messages: list[dict[str, Any]], max_tokens: int | None, tail: list[_Piece]) -> Rendered:
-        head = [self._mark("bos")]
-        start = 1 if messages and messages[0]["role"] == "system" else 0
-        if start:
-            head += self._message(messages[0], "message 0")
-        turns: list[list[_Piece]] = []
-        for turn in _turns(messages, start):
-            turns.append([piece for i in turn for piece in self._message(messages[i], f"message {i}")])
-        lengths = [_length(turn) for turn in turns]
-        total, dropped, truncated = _length(head) + sum(lengths) + _length(tail), 0, 0
-        if max_tokens is not None:
-            while total > max_tokens and dropped < len(turns) - 1:
-                total -= lengths[dropped]
-                dropped += 1
-        pieces = [*head, *(piece for turn in turns[dropped:] for piece in turn), *tail]
-        if max_tokens is not None and total > max_tokens:
-            pieces = _shorten(pieces, max_tokens)
-            truncated = total - _length(pieces)
-        ids = [i for piece in pieces for i in piece.ids]
-        mask = [int(piece.produced) for piece in pieces for _ in piece.ids]
-        if max_tokens is not None and len(ids) > max_tokens:  # the special tokens alone are too many
-            truncated += len(ids) - max_tokens
-            keep = slice(len(ids) - max_tokens, None) if tail else slice(max_tokens)
-            ids, mask = ids[keep], mask[keep]
-        return Rendered(ids, mask, dropped, truncated)
+        """Ids that end with <|assistant_start|>, for generation. See `nanochat.conversation.render_prompt`."""
+        return render_prompt(conversation, self.encode, self.special, max_tokens)
 
 
 class StreamDecoder:
@@ -437,78 +312,6 @@ def _slices(text: str) -> Iterator[str]:
         yield text[start:cut]
         start = cut
     yield text[start:] if start else text
-
-
-# ---- conversation layout
-
-
-def _messages(conversation: dict[str, Any]) -> list[dict[str, Any]]:
-    messages = conversation.get("messages") if isinstance(conversation, dict) else None
-    if not isinstance(messages, list) or not messages:
-        raise UsageError('a conversation must be {"messages": [...]} with at least one message')
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            raise UsageError(f'message {i} must be {{"role": ..., "content": ...}}, got {message!r:.80}')
-        if message["role"] not in ROLES:
-            raise UsageError(f"message {i} has role {message['role']!r}; expected one of {', '.join(ROLES)}")
-        if message["role"] == "system" and i > 0:
-            raise UsageError(f"message {i} has role 'system'; only message 0 may")
-    return messages
-
-
-def _parts(content: Any, allowed: tuple[str, ...], role: str, where: str) -> list[dict[str, Any]]:
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    if not isinstance(content, list):
-        raise UsageError(f"{where}: content must be text or a list of parts, got {type(content).__name__}")
-    for j, part in enumerate(content):
-        if not isinstance(part, dict) or part.get("type") not in PARTS:
-            raise UsageError(f"{where}, part {j}: type must be one of {', '.join(PARTS)}; got {part!r:.80}")
-        if part["type"] not in allowed:
-            raise UsageError(f"{where}, part {j}: a {role} message cannot hold {part['type']!r}, only {', '.join(allowed)}")
-        if not isinstance(part.get("text"), str) or not isinstance(part.get("title", ""), str):
-            raise UsageError(f"{where}, part {j}: text (and title) must be strings")
-    return content
-
-
-def _turns(messages: list[dict[str, Any]], start: int) -> list[list[int]]:
-    """Message indices by turn. A user's message after an answer opens one, and takes the retrieval right before it."""
-    turns: list[list[int]] = [[]]
-    for i in range(start, len(messages)):
-        turn = turns[-1]
-        if messages[i]["role"] == "user" and any(messages[j]["role"] == "assistant" for j in turn):
-            opening: list[int] = []
-            while messages[turn[-1]]["role"] == "retrieval":
-                opening.insert(0, turn.pop())
-            turns.append(opening)
-        turns[-1].append(i)
-    return turns if turns[0] else []
-
-
-def _length(pieces: Iterable[_Piece]) -> int:
-    return sum(len(piece.ids) for piece in pieces)
-
-
-def _shorten(pieces: list[_Piece], budget: int) -> list[_Piece]:
-    """Cut all texts to one common length, the largest that fits, so that short ones stay whole."""
-    texts = sorted(len(piece.ids) for piece in pieces if piece.is_text)
-    room = max(0, budget - _length(piece for piece in pieces if not piece.is_text))
-    cap = 0
-    for i, length in enumerate(texts):
-        cap = min(length, room // (len(texts) - i))
-        room -= cap
-    shortened: list[_Piece] = []
-    cut_speech = False
-    for piece in pieces:
-        ids = piece.ids
-        if piece.is_text and len(ids) > cap:
-            cut_speech = piece.produced
-            ids = ids[:cap] if piece.produced else ids[: cap - cap // 2] + ids[len(ids) - cap // 2 :]
-            shortened.append(piece._replace(ids=ids))
-        else:
-            shortened.append(piece._replace(produced=False) if cut_speech else piece)
-            cut_speech = False
-    return shortened
 
 
 # ---- small pieces
