@@ -1,0 +1,167 @@
+"""The attention mixer: multi-head, multi-query or grouped-query causal attention with rotary positions, and its KV state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nanochat.kernels.attention import attention
+from nanochat.model.config import ModelConfig
+from nanochat.model.layers import Linear, Ragged, Rotary, rms_norm
+from nanochat.model.mixer import Mixer, State
+
+
+class KVState(State):
+    """Keys and values of the past, (B, S, G, P) each with spare room behind, and how many tokens each row holds."""
+
+    def __init__(self, k: Tensor, v: Tensor, lengths: list[int]) -> None:
+        self.k, self.v, self.lengths = k, v, lengths
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths, default=0)
+
+    @property
+    def uniform(self) -> bool:
+        """All rows hold equally many tokens."""
+        return min(self.lengths, default=0) == self.longest
+
+    def tensors(self) -> dict[str, Tensor]:
+        rows = torch.tensor(self.lengths, dtype=torch.int64, device=self.k.device)
+        return {"k": self.k[:, : self.longest], "v": self.v[:, : self.longest], "lengths": rows}
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> KVState:
+        now = self.tensors()
+        return KVState(fn(now["k"]), fn(now["v"]), fn(now["lengths"]).tolist())
+
+    def restore(self, snapshot: State) -> None:
+        assert isinstance(snapshot, KVState)
+        self.k, self.v, self.lengths = snapshot.k.clone(), snapshot.v.clone(), list(snapshot.lengths)
+
+    def select(self, rows: Tensor) -> None:
+        chosen = self.map(lambda x: x.index_select(0, rows.to(x.device)))
+        self.k, self.v, self.lengths = chosen.k, chosen.v, chosen.lengths
+
+    def reserve(self, n: int) -> None:
+        need = self.longest + n
+        if self.k.size(1) >= need:
+            return
+        room = max(need, min(2 * self.k.size(1), self.k.size(1) + 1024))
+        for name in ("k", "v"):
+            old = getattr(self, name)
+            new = old.new_zeros(old.size(0), room, *old.shape[2:])
+            new[:, : self.longest] = old[:, : self.longest]
+            setattr(self, name, new)
+
+    def append(self, k: Tensor, v: Tensor, added: list[int] | None = None) -> None:
+        """Write (B, T, G, P) behind each row's end. `added`: how many of the T are real in each row (default all)."""
+        T = k.size(1)
+        self.reserve(T)
+        if self.uniform:
+            at = self.longest
+            self.k[:, at : at + T] = k
+            self.v[:, at : at + T] = v
+        else:
+            where = self.positions(T)
+            rows = torch.arange(k.size(0), device=k.device)[:, None]
+            self.k[rows, where] = k
+            self.v[rows, where] = v
+        self.lengths = [n + (T if added is None else added[i]) for i, n in enumerate(self.lengths)]
+
+    def positions(self, T: int) -> Tensor:
+        """(B, T): the positions that the next T tokens of each row take."""
+        start = torch.tensor(self.lengths, device=self.k.device)
+        return start[:, None] + torch.arange(T, device=self.k.device)
+
+
+class Attention(Mixer):
+    """Causal attention with `n_head` query heads over `n_kv_head` key and value heads.
+
+    Queries and keys are normalised (QK-norm, arXiv 2010.04245) and, unless `rope=False`, rotated. With `window > 0` a query sees the
+    last `window` tokens only, on the layers that `window_pattern` marks S.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.n_head, self.n_kv, self.P = config.n_head, config.n_kv_head, config.head_dim
+        self.eps, self.qk_norm = config.norm_eps, config.qk_norm
+        self.window = config.window_of(layer)
+        q, kv = self.n_head * self.P, self.n_kv * self.P
+        self.qkv = Linear(config.d_model, q + 2 * kv, splits=(q, kv, kv))
+        self.out = Linear(q, config.d_model)
+        self.rotary = Rotary(self.P, config.rope_base) if config.rope else None
+        # Normalised queries and keys have length sqrt(P); 1.2 each lets the softmax become sharp enough.
+        self.scale = (1.44 if self.qk_norm else 1.0) / self.P**0.5
+
+    def init_weights(self) -> None:
+        self.qkv.init_uniform()
+        self.out.init_zero()
+
+    def init_state(self, batch: int, max_len: int, device: torch.device, dtype: torch.dtype) -> KVState:
+        shape = (batch, max_len, self.n_kv, self.P)
+        k = torch.zeros(shape, device=device, dtype=dtype)
+        return KVState(k, torch.zeros_like(k), [0] * batch)
+
+    def project(self, x_BTD: Tensor, positions: int | Tensor, n: int, value: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        B, T, _ = x_BTD.shape
+        qkv = self.qkv(x_BTD).view(B, T, self.n_head + 2 * self.n_kv, self.P)
+        qk, v = qkv.split((self.n_head + self.n_kv, self.n_kv), dim=2)
+        if self.qk_norm:
+            qk = rms_norm(qk, self.eps)
+        if self.rotary is not None:
+            qk = self.rotary(qk, positions, n)
+        if value is not None:
+            v = v + value.view(B, T, self.n_kv, self.P)
+        q, k = qk.split((self.n_head, self.n_kv), dim=2)
+        return q, k, v
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        state: State | None = None,
+        segments_BT: Tensor | None = None,
+        ragged: Ragged | None = None,
+        value_BTC: Tensor | None = None,
+    ) -> Tensor:
+        B, T, _ = x_BTD.shape
+        if state is None:
+            q, k, v = self.project(x_BTD, 0, T, value_BTC)
+            y = attention(q, k, v, segments_BT=segments_BT, window=self.window, scale=self.scale)
+            return self.out(y.reshape(B, T, -1))
+        assert isinstance(state, KVState)
+        if ragged is None:
+            y = self.extend(x_BTD, state, value_BTC)
+        else:
+            y = self.extend_ragged(x_BTD, state, ragged, value_BTC)
+        return self.out(y.reshape(B, T, -1))
+
+    def extend(self, x_BTD: Tensor, state: KVState, value: Tensor | None) -> Tensor:
+        """T more tokens of every row."""
+        T, uniform, past = x_BTD.size(1), state.uniform, state.longest
+        start = None if uniform else torch.tensor(state.lengths, device=x_BTD.device)
+        q, k, v = self.project(x_BTD, past if uniform else state.positions(T), past + T, value)
+        state.append(k, v)
+        if past == 0:
+            return attention(q, k, v, window=self.window, scale=self.scale)
+        return self.attend(q, state, past + T, start)
+
+    def extend_ragged(self, x_1ND: Tensor, state: KVState, ragged: Ragged, value: Tensor | None) -> Tensor:
+        """A different number of tokens for each row, laid end to end."""
+        past, T = state.longest, ragged.longest
+        start = torch.tensor(state.lengths, device=x_1ND.device)
+        positions_1N = ragged.flat(state.positions(T))
+        q, k, v = (ragged.pad(part) for part in self.project(x_1ND, positions_1N, past + T, value))
+        state.append(k, v, ragged.lengths)
+        if past == 0:  # right-padded rows: causality alone keeps real tokens from seeing padding
+            return ragged.flat(attention(q, k, v, window=self.window, scale=self.scale))
+        return ragged.flat(self.attend(q, state, past + T, start))
+
+    def attend(self, q: Tensor, state: KVState, n_keys: int, start: Tensor | None) -> Tensor:
+        """Queries against the cache; without `start` they stand at the end of the first `n_keys` keys of every row."""
+        first = 0
+        if start is None and self.window:  # keys that no query of these can see
+            first = max(0, n_keys - self.window - q.size(1) + 1)
+        k, v = state.k[:, first:n_keys], state.v[:, first:n_keys]
+        return attention(q, k, v, window=self.window, start=start, scale=self.scale)

@@ -1,0 +1,135 @@
+"""The parts that every block is made of: norm, linear, rotary positions, MLP, and rows of unequal length.
+
+Shape suffixes: B batch, T time, D model width, H heads, P head width, N tokens of all rows end to end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS = ("relu2", "gelu", "swiglu")
+
+
+class Linear(nn.Linear):
+    """A matrix without bias. The weight is kept in fp32 and cast to the dtype of the activations at each use.
+
+    `splits` names the parts of the output rows that are matrices of their own (q, k, v; or z, x, B, C, dt): the optimizer
+    orthogonalises each by itself.
+    """
+
+    def __init__(self, n_in: int, n_out: int, splits: Sequence[int] = ()) -> None:
+        super().__init__(n_in, n_out, bias=False)
+        self.splits = tuple(splits)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight.to(input.dtype))
+
+    def init_uniform(self) -> None:
+        """Uniform with variance 1/n_in, the spread of a normal init without its tails."""
+        bound = (3.0 / self.in_features) ** 0.5
+        self.weight.uniform_(-bound, bound)
+
+    def init_zero(self) -> None:
+        """A block whose last matrix is zero starts as the identity (ReZero, arXiv 2003.04887)."""
+        self.weight.zero_()
+
+
+def rms_norm(x: Tensor, eps: float) -> Tensor:
+    """RMSNorm (arXiv 1910.07467) without a gain: the next matrix can absorb one, so a gain only slows the optimizer."""
+    return F.rms_norm(x, (x.size(-1),), eps=eps)
+
+
+class Rotary:
+    """Rotary positions (arXiv 2104.09864), half-rotation layout. Tables grow on demand; they are no parameters."""
+
+    def __init__(self, head_dim: int, base: float) -> None:
+        self.head_dim, self.base = head_dim, base
+        self.tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    def table(self, n: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin for positions 0..n-1, each (n, 1, P/2); angles are computed in fp32 whatever the dtype."""
+        cached = self.tables.get((device, dtype))
+        if cached is None or cached[0].size(0) < n:
+            size = max(64, 1 << (n - 1).bit_length())
+            inverse = self.base ** (-torch.arange(0, self.head_dim, 2, device=device, dtype=torch.float32) / self.head_dim)
+            angle = torch.outer(torch.arange(size, device=device, dtype=torch.float32), inverse)[:, None, :]
+            cached = angle.cos().to(dtype), angle.sin().to(dtype)
+            self.tables[device, dtype] = cached
+        return cached
+
+    def __call__(self, x: Tensor, positions: int | Tensor, n: int) -> Tensor:
+        """Rotate x (B, T, H, P). `positions`: the first position of every row (int), or each one (B, T) or (1, N).
+        `n`: one more than the largest position."""
+        cos, sin = self.table(n, x.device, x.dtype)
+        if isinstance(positions, int):
+            cos, sin = cos[positions:n], sin[positions:n]
+        else:
+            cos, sin = cos[positions], sin[positions]
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class MLP(nn.Module):
+    """The position-wise network of a block: relu squared (arXiv 2109.08668), gelu, or SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, d_model: int, ratio: float, activation: str) -> None:
+        super().__init__()
+        self.activation = activation
+        hidden = max(8, round(d_model * ratio / 8) * 8)
+        gated = activation == "swiglu"
+        self.up = Linear(d_model, hidden * (2 if gated else 1), splits=(hidden, hidden) if gated else ())
+        self.down = Linear(hidden, d_model)
+
+    def init_weights(self) -> None:
+        self.up.init_uniform()
+        self.down.init_zero()
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        h = self.up(x_BTD)
+        if self.activation == "relu2":
+            h = F.relu(h)
+            h = h * h
+        elif self.activation == "gelu":
+            h = F.gelu(h)
+        else:
+            gate, value = h.chunk(2, dim=-1)
+            h = F.silu(gate) * value
+        return self.down(h)
+
+
+class Ragged:
+    """Rows of different lengths laid end to end as one row (1, N, ...), and the way to and from a padded (B, T, ...).
+
+    Dense layers see no padding; only the mixing over time, which needs rows, is computed on the padded form.
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device | str) -> None:
+        self.lengths = [int(n) for n in lengths]
+        self.longest = max(self.lengths)
+        self.total = sum(self.lengths)
+        self.equal = min(self.lengths) == self.longest
+        self.tensor = torch.tensor(self.lengths, device=device)
+        inside = torch.arange(self.longest, device=device) < self.tensor[:, None]
+        self.index_N = inside.flatten().nonzero().squeeze(1)  # where each token stands in the padded form
+        self.last_B = self.tensor.cumsum(0) - 1  # where each row's last token stands in the flat form
+
+    def pad(self, x_1N: Tensor) -> Tensor:
+        """(1, N, ...) to (B, T, ...), zeros behind each row's end."""
+        tail = x_1N.shape[2:]
+        if self.equal:
+            return x_1N.reshape(len(self.lengths), self.longest, *tail)
+        out = x_1N.new_zeros(len(self.lengths) * self.longest, *tail)
+        out[self.index_N] = x_1N[0]
+        return out.view(len(self.lengths), self.longest, *tail)
+
+    def flat(self, x_BT: Tensor) -> Tensor:
+        """(B, T, ...) to (1, N, ...)."""
+        tail = x_BT.shape[2:]
+        if self.equal:
+            return x_BT.reshape(1, self.total, *tail)
+        return x_BT.reshape(-1, *tail)[self.index_N][None]

@@ -1,0 +1,123 @@
+"""The Mamba mixer (S6, arXiv 2312.00752): a selective state space whose step, input and output maps depend on the token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanochat.kernels.conv import causal_conv, causal_conv_step
+from nanochat.kernels.scan import selective_scan, selective_scan_step
+from nanochat.model.config import ModelConfig
+from nanochat.model.layers import Linear, Ragged, rms_norm
+from nanochat.model.mixer import Mixer, State
+
+DT_MIN, DT_MAX = 1e-3, 0.1  # the range of step sizes at initialisation
+
+
+class SSMState(State):
+    """The last K-1 inputs of the convolution and the hidden state: the same size whatever the length of the past."""
+
+    def __init__(self, conv: Tensor, h: Tensor) -> None:
+        self.conv, self.h = conv, h
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"conv": self.conv, "h": self.h}
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> SSMState:
+        return SSMState(fn(self.conv), fn(self.h))
+
+    def restore(self, snapshot: State) -> None:
+        assert isinstance(snapshot, SSMState)
+        self.conv, self.h = snapshot.conv.clone(), snapshot.h.clone()
+
+
+def init_dt_bias(bias: Tensor) -> None:
+    """softplus(bias) is log-uniform between DT_MIN and DT_MAX."""
+    dt = torch.exp(torch.rand(bias.shape, device=bias.device) * math.log(DT_MAX / DT_MIN) + math.log(DT_MIN))
+    bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+
+class Mamba(Mixer):
+    """In-projection to (x, gate), causal convolution, selective scan over E = expand * D channels of N states, gate, out."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        E, N, R = config.d_inner, config.d_state, config.dt_rank
+        self.E, self.N, self.R, self.K = E, N, R, config.d_conv
+        self.norm, self.eps = config.ssm_norm, config.norm_eps
+        self.in_proj = Linear(config.d_model, 2 * E, splits=(E, E))
+        self.conv_weight = nn.Parameter(torch.empty(E, self.K))
+        self.conv_bias = nn.Parameter(torch.empty(E))
+        self.x_proj = Linear(E, R + 2 * N, splits=(R, N, N))
+        self.dt_proj = Linear(R, E)
+        self.dt_bias = nn.Parameter(torch.empty(E))
+        self.A_log = nn.Parameter(torch.empty(E, N))
+        self.D = nn.Parameter(torch.empty(E))
+        self.out_proj = Linear(E, config.d_model)
+
+    def init_weights(self) -> None:
+        self.in_proj.init_uniform()
+        bound = self.K**-0.5
+        self.conv_weight.uniform_(-bound, bound)
+        self.conv_bias.zero_()
+        self.x_proj.init_uniform()
+        self.dt_proj.weight.uniform_(-(self.R**-0.5), self.R**-0.5)
+        init_dt_bias(self.dt_bias)
+        steps = torch.arange(1, self.N + 1, device=self.A_log.device, dtype=torch.float32)
+        self.A_log.copy_(steps.log().expand(self.E, self.N))
+        self.D.fill_(1.0)
+        self.out_proj.init_zero()
+
+    def init_state(self, batch: int, max_len: int, device: torch.device, dtype: torch.dtype) -> SSMState:
+        conv = torch.zeros(batch, self.K - 1, self.E, device=device, dtype=dtype)
+        return SSMState(conv, torch.zeros(batch, self.E, self.N, device=device, dtype=torch.float32))
+
+    def maps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The token's step size (fp32, after softplus), input map B and output map C from its inner activations."""
+        dt, B, C = self.x_proj(x).split((self.R, self.N, self.N), dim=-1)
+        if self.norm:
+            dt, B, C = rms_norm(dt, self.eps), rms_norm(B, self.eps), rms_norm(C, self.eps)
+        delta = F.softplus(self.dt_proj(dt).float() + self.dt_bias)
+        return delta, B, C
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        state: State | None = None,
+        segments_BT: Tensor | None = None,
+        ragged: Ragged | None = None,
+        value_BTC: Tensor | None = None,
+    ) -> Tensor:
+        x, z = self.in_proj(x_BTD).chunk(2, dim=-1)
+        A = -torch.exp(self.A_log.float())
+        if state is None:
+            x, _ = causal_conv(x, self.conv_weight, self.conv_bias, segments_BT=segments_BT)
+            delta, B, C = self.maps(x)
+            y, _ = selective_scan(x, delta, A, B, C, self.D, segments_BT=segments_BT)
+            return self.out_proj(y * F.silu(z))
+        assert isinstance(state, SSMState)
+        if x.size(1) == 1 and ragged is None:
+            y = self.step(x[:, 0], A, state)[:, None]
+            return self.out_proj(y * F.silu(z))
+        lengths = None
+        if ragged is not None:
+            x, lengths = ragged.pad(x), ragged.tensor
+        x, state.conv = causal_conv(x, self.conv_weight, self.conv_bias, state.conv, lengths=lengths)
+        if ragged is not None:
+            x = ragged.flat(x)
+        delta, B, C = self.maps(x)
+        if ragged is not None:
+            x, delta, B, C = (ragged.pad(part) for part in (x, delta, B, C))
+        y, state.h = selective_scan(x, delta, A, B, C, self.D, state.h, lengths=lengths)
+        return self.out_proj((ragged.flat(y) if ragged is not None else y) * F.silu(z))
+
+    def step(self, x_BE: Tensor, A: Tensor, state: SSMState) -> Tensor:
+        """One token of every row, the state updated in place."""
+        x = causal_conv_step(x_BE, self.conv_weight, self.conv_bias, state.conv)
+        delta, B, C = self.maps(x)
+        return selective_scan_step(x, delta, A, B, C, self.D, state.h)

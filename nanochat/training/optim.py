@@ -1,0 +1,200 @@
+"""Optimizers: Muon for the matrices of the blocks, AdamW for everything else, and the schedule of both."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from nanochat.errors import NanochatError
+from nanochat.model.layers import Linear
+from nanochat.model.lm import LM
+
+# Minimax polynomials of the Polar Express (arXiv 2505.16932, l = 1e-3, five steps): each triple (a, b, c) maps the singular
+# values s of X to a*s + b*s^3 + c*s^5, and together they bring all of [1e-3, 1] close to 1.
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def orthogonalize(x: Tensor) -> Tensor:
+    """The nearest semi-orthogonal matrices (U V^T of the SVD), approximately; x is (..., rows, columns)."""
+    tall = x.size(-2) > x.size(-1)
+    if tall:
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
+    for a, b, c in POLAR_EXPRESS:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum orthogonalised by the Polar Express (Muon, Jordan et al. 2024), with Nesterov and cautious weight decay.
+
+    Each parameter is a matrix, or several stacked by rows (`splits`): fused q, k, v or Mamba's z, x, B, C, dt. Matrices of one
+    shape are orthogonalised in one batched product. The step is lr * sqrt(max(1, rows / columns)) * orthogonal matrix, so that the
+    change of an output coordinate does not depend on the shape.
+    """
+
+    def __init__(self, params: Iterable[dict[str, Any]], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            stacks: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+            for p, splits in zip(group["params"], group["splits"]):
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                buffer = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(buffer, group["momentum"])
+                for rows, change in zip(p.split(splits), update.split(splits)):
+                    stacks[tuple(rows.shape)].append((rows, change))  # type: ignore[index]
+            for shape, pairs in stacks.items():
+                self.apply(shape, pairs, group["lr"], group["weight_decay"])
+
+    @staticmethod
+    def apply(shape: tuple[int, int], pairs: list[tuple[Tensor, Tensor]], lr: float, weight_decay: float) -> None:
+        stacked = torch.stack([change for _, change in pairs])
+        if stacked.is_cuda:  # five steps of products tolerate bf16, which CPUs without it emulate slowly
+            stacked = stacked.bfloat16()
+        changes = orthogonalize(stacked).to(pairs[0][0].dtype).mul_(lr * math.sqrt(max(1.0, shape[0] / shape[1])))
+        for (rows, _), change in zip(pairs, changes.unbind(0)):
+            if weight_decay:  # only where the step already shrinks the weight (cautious, arXiv 2510.12402)
+                change.add_(rows * (change * rows > 0), alpha=lr * weight_decay)
+            rows.sub_(change)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates for a model 768 wide; AdamW's are scaled by (d_model / 768) ** -0.5."""
+
+    matrix: float = 0.02
+    embedding: float = 0.3
+    head: float = 0.004
+    small: float = 0.004  # state-space parameters, convolutions, projections of M
+    scalar: float = 0.02
+    weight_decay: float = 0.1  # of the matrices
+    momentum: float = 0.95
+
+
+def roles(model: LM) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Which optimizer gets which parameter: matrix (Muon), embedding, head, small, scalar (AdamW). Each exactly once."""
+    muon = {}
+    for name, module in model.blocks.named_modules():
+        if isinstance(module, Linear) and name.rsplit(".", 1)[-1] not in ("x_proj", "dt_proj"):
+            muon[f"blocks.{name}.weight"] = module
+    found: dict[str, list[tuple[str, nn.Parameter]]] = defaultdict(list)
+    for name, p in model.named_parameters():
+        if name in muon:
+            found["matrix"].append((name, p))
+        elif name.startswith(("embed.", "values.")):
+            found["embedding"].append((name, p))
+        elif name.startswith("head."):
+            found["head"].append((name, p))
+        elif name in ("stream_scale", "x0_scale"):
+            found["scalar"].append((name, p))
+        else:
+            found["small"].append((name, p))
+    return found
+
+
+class Optimizers:
+    """Muon and AdamW over one model, stepped, scheduled and saved together."""
+
+    def __init__(self, model: LM, rates: Rates) -> None:
+        self.model, self.rates = model, rates
+        found = roles(model)
+        adam_scale = (model.config.d_model / 768) ** -0.5
+        adam = []
+        for role in ("embedding", "head", "small", "scalar"):
+            if found[role]:
+                adam.append({"params": [p for _, p in found[role]], "lr": getattr(rates, role) * adam_scale})
+        fused = model.device.type in ("cpu", "cuda")
+        self.adam = torch.optim.AdamW(adam, lr=1e-3, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=fused)
+        modules = dict(model.named_modules())
+        splits = []
+        for name, p in found["matrix"]:
+            module = modules[name.removesuffix(".weight")]
+            assert isinstance(module, Linear)
+            splits.append(list(module.splits) or [p.size(0)])
+        self.muon: Muon | None = None
+        if found["matrix"]:
+            group = {"params": [p for _, p in found["matrix"]], "splits": splits}
+            self.muon = Muon([group], rates.matrix, rates.momentum, rates.weight_decay)
+        for optimizer in self.all:
+            for group in optimizer.param_groups:
+                group["initial_lr"] = group["lr"]
+                group["initial_decay"] = group["weight_decay"]
+
+    @property
+    def all(self) -> list[torch.optim.Optimizer]:
+        return [self.adam] if self.muon is None else [self.adam, self.muon]
+
+    def schedule(self, factor: float, momentum: float) -> None:
+        """Scale every learning rate by `factor` of its initial value (weight decay follows), set Muon's momentum."""
+        for optimizer in self.all:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+        if self.muon is not None:
+            for group in self.muon.param_groups:
+                group["momentum"] = momentum
+
+    def step(self) -> None:
+        for optimizer in self.all:
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        self.model.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every state tensor by parameter name, so that a checkpoint loads whatever the grouping or number of processes."""
+        names = {p: name for name, p in self.model.named_parameters()}
+        out = {}
+        for optimizer in self.all:
+            for p, state in optimizer.state.items():
+                for key, value in state.items():
+                    out[f"{names[p]}:{key}"] = value if isinstance(value, Tensor) else torch.tensor(value)
+        return out
+
+    def load_state_dict(self, saved: dict[str, Tensor]) -> None:
+        """Raises NanochatError when the saved state is not this model's."""
+        owner = {p: optimizer for optimizer in self.all for group in optimizer.param_groups for p in group["params"]}
+        params = dict(self.model.named_parameters())
+        for key, value in saved.items():
+            name, _, field = key.rpartition(":")
+            p = params.get(name)
+            if p is None or (value.dim() and value.shape != p.shape):
+                raise NanochatError(f"the optimizer state of {name!r} does not fit this model: resume with the same configuration")
+            owner[p].state[p][field] = value.to(p.device) if value.dim() else value
+
+
+def learning_rate_factor(progress: float, warmup: float, warmdown: float, final: float) -> float:
+    """Trapezoid over `progress` in [0, 1]: linear up during `warmup`, 1, linear down to `final` during `warmdown`."""
+    if progress < warmup:
+        return max(progress, 1e-3 * warmup) / warmup if warmup else 1.0
+    if progress > 1 - warmdown:
+        left = (1 - progress) / warmdown
+        return left + (1 - left) * final
+    return 1.0
+
+
+def momentum_at(progress: float, momentum: float) -> float:
+    """Muon's momentum rises from 0.85 during the first tenth of the run: early gradients are stale soon."""
+    share = min(1.0, progress / 0.1)
+    return (1 - share) * min(0.85, momentum) + share * momentum

@@ -1,0 +1,189 @@
+"""The supervised stages: raw text (base), text and conversations mixed (mid), conversations (SFT)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from nanochat.data.batches import IGNORED, Background, Batch, Packer, Piece, Source
+from nanochat.data.corpus import Corpus
+from nanochat.evaluation.language import Losses, bits_per_byte
+from nanochat.model.lm import LM
+from nanochat.runtime import Runtime
+from nanochat.tasks.task import Task
+from nanochat.tokenizer import Tokenizer
+
+
+class Stage(Protocol):
+    """Where batches come from, and what is measured during training. The loop trains them all."""
+
+    def batches(self, split: str) -> Iterator[Batch]: ...
+    def evaluate(self, model: LM) -> dict[str, float]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def report(self) -> dict[str, float]: ...
+    def close(self) -> None: ...
+
+
+class TextSource:
+    """Documents of a corpus as pieces: <|bos|> first, and the next document's <|bos|> as the last target."""
+
+    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, split: str, threads: int = 2) -> None:
+        self.corpus, self.tokenizer, self.split, self.threads = corpus, tokenizer, split, threads
+        self.name = f"{corpus.name} ({split})"
+
+    def read(self, epoch: int, start: int) -> Iterator[str]:
+        return iter(self.corpus.documents(self.split, start))
+
+    def encode(self, raw: Sequence[str]) -> list[Piece | None]:
+        pieces: list[Piece | None] = []
+        for ids in self.tokenizer.encode_batch(list(raw), threads=self.threads, bos=True):
+            inputs = np.array(ids, dtype=np.int32)
+            targets = np.append(inputs[1:], np.int32(self.tokenizer.bos))
+            pieces.append(Piece(inputs, targets) if len(ids) > 1 else None)
+        return pieces
+
+
+class ChatSource:
+    """Conversations of a task as pieces: only what the assistant wrote is a target. Each epoch in a new, seeded order."""
+
+    def __init__(self, task: Task, tokenizer: Tokenizer, max_tokens: int, seed: int, shuffle: bool = True) -> None:
+        self.task, self.tokenizer, self.max_tokens, self.seed, self.shuffle = task, tokenizer, max_tokens, seed, shuffle
+        self.name = task.name
+        self.dropped_turns = 0
+
+    def read(self, epoch: int, start: int) -> Iterator[dict[str, Any]]:
+        n = len(self.task)
+        order = np.random.default_rng((self.seed, epoch)).permutation(n) if self.shuffle else np.arange(n)
+        return (self.task[int(i)] for i in order[start:])
+
+    def encode(self, raw: Sequence[dict[str, Any]]) -> list[Piece | None]:
+        return [self.piece(conversation) for conversation in raw]
+
+    def piece(self, conversation: dict[str, Any]) -> Piece | None:
+        rendered = self.tokenizer.render(conversation, self.max_tokens + 1)
+        self.dropped_turns += rendered.dropped_turns
+        ids = np.array(rendered.ids, dtype=np.int32)
+        mask = np.array(rendered.mask[1:], dtype=bool)
+        if not mask.any():
+            return None
+        return Piece(ids[:-1], np.where(mask, ids[1:], np.int32(IGNORED)))
+
+
+class PackedStage:
+    """A stage over packed rows of one or two sources (raw text, conversations).
+
+    sources: name -> (source, share of rows, whether documents may be split over rows).
+    """
+
+    def __init__(
+        self,
+        train: dict[str, tuple[Source, float, bool]],
+        val: dict[str, tuple[Source, bool]],
+        tokenizer: Tokenizer,
+        runtime: Runtime,
+        *,
+        rows: int,
+        sequence_len: int,
+        n_lanes: int,
+        eval_tokens: int,
+    ) -> None:
+        self.tokenizer, self.runtime, self.rows, self.T = tokenizer, runtime, rows, sequence_len
+        self.val, self.eval_tokens = val, eval_tokens
+        self.shares = {name: share for name, (_, share, _) in train.items()}
+        self.packers = {name: self.packer(source, split, n_lanes) for name, (source, _, split) in train.items()}
+        self.taken = dict.fromkeys(train, 0)
+        self.threads: dict[str, Background] = {}
+
+    def packer(self, source: Source, split: bool, n_lanes: int, epochs: int | None = None) -> Packer:
+        return Packer(
+            source,
+            self.T,
+            split=split,
+            pad_id=self.tokenizer.bos,
+            n_lanes=n_lanes,
+            rank=self.runtime.rank,
+            world_size=self.runtime.world_size,
+            epochs=epochs,
+        )
+
+    def batches(self, split: str) -> Iterator[Batch]:
+        """Endless for train; for val the same rows every time, all sources in a row, each rank its own part."""
+        if split == "train":
+            return self.training_batches()
+        return (batch for name in self.val for batch in self.validation_batches(name))
+
+    def training_batches(self) -> Iterator[Batch]:
+        """The source that is furthest behind its share gives the next micro-batch; the rule needs no random number."""
+        self.close()
+        self.threads = {name: Background(packer, self.rows) for name, packer in self.packers.items()}
+        while True:
+            total = sum(self.taken.values()) + 1
+            name = max(self.shares, key=lambda n: self.shares[n] * total - self.taken[n])
+            batch = next(self.threads[name])
+            self.taken[name] += 1
+            yield batch
+
+    def validation_batches(self, name: str) -> Iterator[Batch]:
+        source, split = self.val[name]
+        world = self.runtime.world_size
+        packer = self.packer(source, split, n_lanes=world, epochs=1)
+        left = -(-self.eval_tokens // (self.T * world))
+        while left > 0:
+            batch = packer.batch(min(self.rows, left))
+            if batch is None:
+                return
+            left -= len(batch.inputs)
+            yield batch
+
+    def evaluate(self, model: LM) -> dict[str, float]:
+        """Validation loss of each source: `val_bpb` for text, `val_chat_loss` (nats a trained token) for conversations."""
+        found: dict[str, float] = {}
+        for name in self.val:
+            losses: Losses = bits_per_byte(model, self.validation_batches(name), self.tokenizer)
+            if name == "text":
+                found["val_bpb"] = losses.bits_per_byte
+            else:
+                found[f"val_{name}_loss"] = losses.nats_per_token
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        cursors = {name: (self.threads.get(name) or packer).state_dict() for name, packer in self.packers.items()}
+        return {"cursors": cursors, "taken": dict(self.taken)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, cursor in state["cursors"].items():
+            self.packers[name].load_state_dict(cursor)
+        self.taken = dict(state["taken"])
+
+    def report(self) -> dict[str, float]:
+        """Shares of tokens padded and cropped so far, documents split over rows, documents skipped."""
+        found: dict[str, float] = {}
+        for name, packer in self.packers.items():
+            report = self.threads[name].cursor.report if name in self.threads else packer.report
+            found[f"{name}_padded_share"] = round(report.padded_share, 5)
+            found[f"{name}_cropped_share"] = round(report.cropped_share, 5)
+            found[f"{name}_split_documents"] = report.split
+            found[f"{name}_skipped_documents"] = report.skipped
+        return found
+
+    def close(self) -> None:
+        for thread in self.threads.values():
+            thread.close()
+        self.threads = {}
+
+
+def describe(batch: Batch, tokenizer: Tokenizer, n: int = 160) -> str:
+    """The beginning of a batch's first row as text, to find it in the data."""
+    text = tokenizer.decode(batch.inputs[0, : n // 2].tolist())
+    bad = int((batch.targets == IGNORED).all())
+    return ("(nothing to train on) " if bad else "") + repr(text[:n])
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    if device.type == "cpu":
+        return batch
+    return Batch(*(x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device) for x in batch))
