@@ -27,5 +27,5 @@ def contains_answer(prediction: str, gold: str) -> bool:
 
 
 def is_abstention(prediction: str) -> bool:
-    """Whether the prediction is the sentence that the tasks teach for "no answer"."""
-    return exact_match(prediction, ABSTENTION)
+    """Whether the prediction holds the special token for "no answer", or is the sentence that stands for it."""
+    return "<|abstain|>" in prediction or exact_match(prediction, ABSTENTION)

@@ -53,7 +53,9 @@ def make_dialogue(world: World, draw: Draws, split: str, part: str, style: str) 
             value = entity.facts[relation.name]
             sentence = sentence_case(relation.sentence.replace("{e}", entity.name).replace("{v}", value))
             answer: Any = value if style == "short" else sentence
-            say(_ask(draw, entity, relation, k > 0), answer if entity.known else [{"type": "abstain", "text": ABSTENTION}])
+            if not entity.known:
+                answer = [{"type": "abstain", "text": ABSTENTION}]
+            say(_ask(draw, entity, relation, k > 0), answer)
     if draw.below(2):
         small_talk(lex.CLOSINGS)
     return {"messages": messages, "entities": entities}

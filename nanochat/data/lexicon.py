@@ -131,7 +131,7 @@ PERSON = (
             "{e} has a job at {v}.",
             "The employer of {e} is {v}.",
             "{v} is the employer of {e}.",
-            "{v} employs {e}.",
+            "The company {v} employs {e}.",
             "The company that {e} works for is {v}.",
             "{e} earns a living at {v}.",
         ),
@@ -199,7 +199,7 @@ PERSON = (
         "",
         INSTRUMENTS,
         (
-            "{e} plays the {v}.",
+            "{e} often plays the {v}.",
             "{e} can play the {v} very well.",
             "{e} plays the {v} in the evening.",
             "The instrument that {e} plays is the {v}.",

@@ -2,7 +2,8 @@
 
 Everything is a function of (seed, counters): no state, no tables, so that the millionth document costs what the first
 one does. Entities have the ids 0 .. n_known + n_new - 1. *Known* ones appear in the pretraining text; *new* ones only
-ever in a knowledge base. Links never leave a pool (known, new/train, new/heldout): chains of two and three hops stay inside.
+ever in a knowledge base. Links never leave a pool (known, new/train, new/heldout): chains of two and three hops stay
+inside.
 
 What is held out (`part="heldout"`, about a quarter):
 - known: single (entity, relation) pairs, by hash. A multi-hop chain is held out by its own hash; a chain for training
