@@ -146,14 +146,16 @@ def _decode(data: bytes, path: Path, offset: int, faults: Faults) -> str | None:
 # Records --------------------------------------------------------------------------------------------------------------
 
 
-def read_json_lines(path: Path, faults: Faults) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) for each line of a jsonl file that is not blank."""
+def read_json_lines(path: Path, faults: Faults, kinds: tuple[type, ...] = (dict,)) -> Iterator[tuple[int, int, Any]]:
+    """(line number from 1, offset in bytes, value) for each line of a jsonl file that is not blank."""
+    offset = 0
     with open_binary(path) as file:
         for number, line in enumerate(file, 1):
+            here, offset = offset, offset + len(line)
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                value = json.loads(line)
             except UnicodeDecodeError as error:
                 faults(f"{path}, line {number}: not UTF-8 at byte {error.start} of the line")
             except ValueError as error:
@@ -161,14 +163,14 @@ def read_json_lines(path: Path, faults: Faults) -> Iterator[tuple[int, dict[str,
             except RecursionError:
                 faults(f"{path}, line {number}: not valid JSON (nested too deeply)")
             else:
-                if isinstance(record, dict):
-                    yield number, record
+                if isinstance(value, kinds):
+                    yield number, here, value
                 else:
-                    faults(f"{path}, line {number}: expected a JSON object, got {type(record).__name__}")
+                    faults(f"{path}, line {number}: expected a JSON object, got {type(value).__name__}")
 
 
 def _read_jsonl(path: Path, faults: Faults) -> Iterator[str]:
-    for number, record in read_json_lines(path, faults):
+    for number, _, record in read_json_lines(path, faults):
         field = next((f for f in FIELDS if f in record), None)
         if field is None:
             faults(f"{path}, line {number}: no field {' or '.join(map(repr, FIELDS))} (it has {_some(record)})")
