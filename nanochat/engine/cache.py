@@ -1,0 +1,66 @@
+"""What the engine does with a batch's list of states, one a layer, without asking what kind they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nanochat.model.mixer import State
+
+
+def fork(states: Sequence[State], n: int) -> list[State]:
+    """Each row n times, next to each other."""
+    return [state.fork(n) for state in states]
+
+
+def select(states: Sequence[State], rows: Sequence[int]) -> None:
+    """Keep these rows, in this order."""
+    index = torch.tensor(list(rows), dtype=torch.int64)
+    for state in states:
+        state.select(index)
+
+
+def reserve(states: Sequence[State], n: int) -> None:
+    """Room for n more tokens in every row."""
+    for state in states:
+        state.reserve(n)
+
+
+def nbytes(states: Sequence[State]) -> int:
+    return sum(state.nbytes for state in states)
+
+
+def join(batches: list[list[State]]) -> list[State]:
+    """The rows of several batches as one batch, in order. Empties `batches`, layer by layer, so that no more than one
+    layer is held twice."""
+    if len(batches) == 1:
+        return batches.pop()
+    n_layers = len(batches[0])
+    joined = []
+    for _ in range(n_layers):
+        layer = [batch.pop(0) for batch in batches]
+        joined.append(_join_layer(layer))
+    batches.clear()
+    return joined
+
+
+def _join_layer(states: list[State]) -> State:
+    # `State.map` visits the tensors in the order of `State.tensors`, batch first.
+    parts = [list(state.tensors().values()) for state in states]
+    whole = iter([_cat([part[i] for part in parts]) for i in range(len(parts[0]))])
+    return states[0].map(lambda _: next(whole))
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    """Along the batch. Where the second dimension (the tokens in a cache) differs, shorter ones get zeros behind."""
+    if parts[0].dim() < 2 or len({part.size(1) for part in parts}) == 1:
+        return torch.cat(parts)
+    n_rows, longest = sum(part.size(0) for part in parts), max(part.size(1) for part in parts)
+    out = parts[0].new_zeros(n_rows, longest, *parts[0].shape[2:])
+    row = 0
+    for part in parts:
+        out[row : row + part.size(0), : part.size(1)] = part
+        row += part.size(0)
+    return out

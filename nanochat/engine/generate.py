@@ -1,0 +1,250 @@
+"""Prompts to completions: prefill, decode, and the Engine that keeps a batch of rows going.
+
+Rows of different lengths share every forward pass without padding; a row that ends leaves the batch and makes room for
+the next prompt. The engine holds one state a layer and never asks what kind it is.
+
+Letters: B rows, N tokens of several rows laid end to end, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nanochat.engine import cache
+from nanochat.engine.sampling import Sampling, Stream, sample
+from nanochat.engine.text import TextStream
+from nanochat.errors import UsageError
+from nanochat.model.lm import LM
+from nanochat.model.mixer import State
+from nanochat.tokenizer import StreamDecoder, Tokenizer
+
+MAX_ROWS = 64  # rows that decode together
+PREFILL_TOKENS = 2048  # tokens in one forward pass of the prefill
+MAX_PADDING = 1.25  # a mixer works on the padded form of a prefill group: keep it at most so much larger
+
+
+class Completion(NamedTuple):
+    """What one row produced. `ids` holds every sampled token, the end token included; `text` ends before the end token
+    or stop string; `logprobs` (nats, under the model at temperature 1) go with `ids`; `finish_reason` is `stop` (end
+    token or stop string) or `length` (max_tokens, or the context is full)."""
+
+    ids: list[int]
+    text: str
+    logprobs: list[float]
+    finish_reason: str
+
+
+@dataclass
+class Row:
+    """One completion on its way."""
+
+    number: int  # where its completion goes in the result
+    budget: int  # tokens it may still sample
+    random: Stream
+    stream: TextStream
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    text: list[str] = field(default_factory=list)
+    finish_reason: str = ""
+
+    def completion(self) -> Completion:
+        return Completion(self.ids, "".join(self.text), self.logprobs, self.finish_reason)
+
+
+def prefill(model: LM, prompts: Sequence[Sequence[int]], room: int = 0) -> tuple[list[State], Tensor]:
+    """Read the prompts. Returns states with these prompts as rows, in order, with room for `room` more tokens, and the
+    hidden states (B, D) of each prompt's last token.
+
+    Rows of similar length go through the model together, end to end, at most PREFILL_TOKENS in a pass; a longer prompt
+    takes several passes.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    batches, hiddens = [], []
+    for group in _groups([len(prompts[i]) for i in order]):
+        members = [prompts[order[i]] for i in group]
+        states = model.init_states(len(members), max(map(len, members)) + room)
+        hiddens.append(_read(model, members, states))
+        batches.append(states)
+    several = len(batches) > 1
+    states = cache.join(batches)
+    rows = sorted(range(len(order)), key=order.__getitem__)
+    if rows != list(range(len(rows))):
+        cache.select(states, rows)
+        several = True
+    if several:
+        cache.reserve(states, room)
+    return states, torch.cat(hiddens)[rows]
+
+
+def _groups(lengths: Sequence[int]) -> list[range]:
+    """Cut rows, sorted by length from long to short, into groups that share a forward pass."""
+    groups, start, tokens = [], 0, 0
+    for i, n in enumerate(lengths):
+        padded = lengths[start] * (i + 1 - start)
+        if i > start and (tokens + n > PREFILL_TOKENS or padded > MAX_PADDING * (tokens + n)):
+            groups.append(range(start, i))
+            start, tokens = i, 0
+        tokens += n
+    groups.append(range(start, len(lengths)))
+    return groups
+
+
+def _read(model: LM, prompts: Sequence[Sequence[int]], states: list[State]) -> Tensor:
+    """One group of prompts through the model; the hidden state (B, D) of each one's last token."""
+    if len(prompts) == 1:
+        ids_1N = torch.tensor([list(prompts[0])], device=model.device)
+        for chunk_1N in ids_1N.split(PREFILL_TOKENS, dim=1):
+            hidden_1ND = model(chunk_1N, states)
+        return hidden_1ND[:, -1]
+    lengths = [len(prompt) for prompt in prompts]
+    flat = torch.tensor([[i for prompt in prompts for i in prompt]], device=model.device)
+    last_B = torch.tensor(lengths, device=model.device).cumsum(0) - 1
+    return model(flat, states, lengths=lengths)[0, last_B]
+
+
+def decode(model: LM, ids: Sequence[int], states: list[State]) -> Tensor:
+    """One token for each row: the hidden states (B, D) after it."""
+    return model(torch.tensor(ids, device=model.device)[:, None], states)[:, 0]
+
+
+class Batch:
+    """Rows that decode together. `hidden_BD` is what the model made of each row's latest token."""
+
+    def __init__(self, model: LM) -> None:
+        self.model = model
+        self.rows: list[Row] = []
+        self.states: list[State] = []
+        self.hidden_BD = torch.empty(0)
+
+    @torch.no_grad()
+    def admit(self, rows: Sequence[Row], prompts: Sequence[Sequence[int]], n: int) -> None:
+        """Prefill each prompt once and let `n` rows go on from it."""
+        states, hidden_BD = prefill(self.model, prompts, max(row.budget for row in rows) if n == 1 else 0)
+        if n > 1:
+            states, hidden_BD = cache.fork(states, n), hidden_BD.repeat_interleave(n, dim=0)
+            cache.reserve(states, max(row.budget for row in rows))
+        if self.rows:
+            states, hidden_BD = cache.join([self.states, states]), torch.cat((self.hidden_BD, hidden_BD))
+        self.rows, self.states, self.hidden_BD = [*self.rows, *rows], states, hidden_BD
+
+    @torch.no_grad()
+    def sample(self, sampling: Sampling) -> tuple[list[int], list[float]]:
+        """The next token of each row and its log-probability."""
+        return sample(self.model.logits(self.hidden_BD), sampling, [row.random for row in self.rows])
+
+    @torch.no_grad()
+    def step(self, ids: Sequence[int]) -> None:
+        """Feed each row its token; rows that ended leave first."""
+        alive = [i for i, row in enumerate(self.rows) if not row.finish_reason]
+        if len(alive) < len(self.rows):
+            self.rows = [self.rows[i] for i in alive]
+            if not alive:
+                return
+            cache.select(self.states, alive)
+        self.hidden_BD = decode(self.model, [ids[i] for i in alive], self.states)
+
+
+class Engine:
+    """Generates text with one model. It changes neither the model nor the global random state.
+
+    `eos`: tokens that end a row, by default the end of the answer and the beginning of the next document. `max_rows`:
+    how many rows decode together. `skip_special`: special tokens leave no trace in the text; without it they appear by
+    name, as in `Tokenizer.decode`.
+    """
+
+    def __init__(
+        self,
+        model: LM,
+        tokenizer: Tokenizer,
+        eos: Sequence[int] | None = None,
+        max_rows: int = MAX_ROWS,
+        skip_special: bool = False,
+    ) -> None:
+        self.model, self.tokenizer, self.skip_special = model, tokenizer, skip_special
+        self.eos = frozenset((tokenizer.eot, tokenizer.bos) if eos is None else eos)
+        self.max_rows = max_rows
+
+    def generate_batch(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling | None = None, n: int = 1
+    ) -> list[Completion]:
+        """`n` completions for each prompt (token ids): those of the first prompt, then those of the second…
+
+        Raises UsageError for an empty prompt or one longer than the model's context.
+        """
+        results: dict[int, Completion] = {}
+        for steps in self._run(prompts, sampling or Sampling(), n):
+            for row, _ in steps:
+                if row.finish_reason:
+                    results[row.number] = row.completion()
+        return [results[i] for i in range(len(prompts) * n)]
+
+    def stream(self, prompt: Sequence[int], sampling: Sampling | None = None) -> Generator[str, None, Completion]:
+        """The completion of one prompt, piece by piece. Pieces are whole characters and never belong to a stop string;
+        the generator returns the Completion. Raises UsageError as `generate_batch` does."""
+        rows: list[tuple[Row, str]] = []
+        for rows in self._run([prompt], sampling or Sampling(), 1):
+            if rows[0][1]:
+                yield rows[0][1]
+        return rows[0][0].completion()
+
+    def check(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Raises UsageError unless every prompt has between one token and as many as the context holds."""
+        context = self.model.config.sequence_len
+        for i, prompt in enumerate(prompts):
+            name = "the prompt" if len(prompts) == 1 else f"prompt {i}"
+            if not prompt:
+                raise UsageError(f"{name} is empty; it needs at least one token")
+            if len(prompt) > context:
+                raise UsageError(f"{name} has {len(prompt)} tokens, the model's context only {context}; shorten it")
+
+    def _run(self, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int) -> Iterator[list[tuple[Row, str]]]:
+        """After every step: the rows that took part, each with the text it released."""
+        if n < 1:
+            raise UsageError(f"n={n}: expected at least one completion a prompt")
+        self.check(prompts)
+        waiting = deque(range(len(prompts)))
+        batch = Batch(self.model)
+        while waiting or batch.rows:
+            n_fresh = self._n_fresh(len(waiting), len(batch.rows), n)
+            if n_fresh:
+                fresh = [waiting.popleft() for _ in range(n_fresh)]
+                rows = [self._row(i * n + j, j, prompts[i], sampling) for i in fresh for j in range(n)]
+                batch.admit(rows, [prompts[i] for i in fresh], n)
+            ids, logprobs = batch.sample(sampling)
+            yield [(row, self._advance(row, i, logprob)) for row, i, logprob in zip(batch.rows, ids, logprobs)]
+            batch.step(ids)
+
+    def _n_fresh(self, n_waiting: int, n_rows: int, n: int) -> int:
+        """How many prompts to admit now. Not one by one: joining copies the states of all rows."""
+        if n_rows == 0:
+            return min(n_waiting, max(1, self.max_rows // n))
+        n_free = (self.max_rows - n_rows) // n
+        return min(n_waiting, n_free) if n_free >= min(n_waiting, max(1, self.max_rows // (4 * n))) else 0
+
+    def _row(self, number: int, nth: int, prompt: Sequence[int], sampling: Sampling) -> Row:
+        # The last token sampled is not fed back, so it needs no place in the context.
+        budget = min(sampling.max_tokens, self.model.config.sequence_len - len(prompt) + 1)
+        text = TextStream(StreamDecoder(self.tokenizer, self.skip_special), sampling.stop)
+        return Row(number, budget, Stream(sampling.seed, nth), text)
+
+    def _advance(self, row: Row, token: int, logprob: float) -> str:
+        """Give the row its token; the text that this releases. Sets `finish_reason` when the row ends."""
+        row.ids.append(token)
+        row.logprobs.append(logprob)
+        if token in self.eos:
+            row.finish_reason, piece = "stop", row.stream.finish()
+        else:
+            piece = row.stream.push(token)
+            if not row.stream.stopped and len(row.ids) >= row.budget:
+                row.finish_reason = "length"
+                piece += row.stream.finish()
+            if row.stream.stopped:
+                row.finish_reason = "stop"
+        row.text.append(piece)
+        return piece
