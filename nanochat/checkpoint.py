@@ -12,26 +12,24 @@ whatever goes wrong, older checkpoints stay. One process may write a stage direc
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import socket
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nanochat.errors import NanochatError, UsageError
+from nanochat.lock import lock_file, locked_directory
+from nanochat.nest import pack, unpack
 from nanochat.runtime import log
 
 FORMAT_VERSION = 1
@@ -40,7 +38,6 @@ Tensors = dict[str, dict[str, Tensor]]
 UPGRADES: dict[int, Callable[[dict[str, Any], Tensors], None]] = {}
 
 _HIDDEN_NEW, _HIDDEN_OLD = ".new-", ".old-"
-_TENSOR_KEY, _TUPLE_KEY = "__tensor__", "__tuple__"
 
 
 @dataclass
@@ -62,7 +59,7 @@ class Checkpoint:
         tensors: dict[str, Tensor] = {}
         if "state.safetensors" in self.meta["files"]:
             tensors = _read_tensors(self.path, "state.safetensors", self.meta, "cpu", self.verify)
-        return _unpack(plain, tensors)
+        return unpack(plain, tensors)
 
 
 # ---- save
@@ -90,7 +87,7 @@ def save(
         stage_dir.mkdir(parents=True, exist_ok=True)
         _sweep(stage_dir)
         new.mkdir()
-        with _flocked(new):
+        with locked_directory(new):
             _write(new, step, files, meta, state)
             _publish(new, target)
     except (OSError, SafetensorError) as error:
@@ -120,7 +117,7 @@ def _write(
         names.append(f"{name}.safetensors")
     if state is not None:
         tensors_of_state: dict[str, Tensor] = {}
-        plain = _pack(state, tensors_of_state, "state")
+        plain = pack(state, tensors_of_state, "state")
         (directory / "state.json").write_text(_dumps(plain, "state"))
         names.append("state.json")
         if tensors_of_state:
@@ -173,7 +170,7 @@ def _sweep(stage_dir: Path) -> None:
         else:
             os.rename(old, target)
     for new in stage_dir.glob(f"{_HIDDEN_NEW}*"):
-        with contextlib.suppress(OSError), _flocked(new) as mine:
+        with contextlib.suppress(OSError), locked_directory(new) as mine:
             if mine:
                 shutil.rmtree(new, ignore_errors=True)
 
@@ -357,97 +354,14 @@ def _nothing_found(source: str, out_dir: Path, run: str | None) -> str:
 
 @contextlib.contextmanager
 def lock(stage_dir: str | Path) -> Iterator[None]:
-    """Hold a stage directory for writing. A second process gets a NanochatError at once; the kernel frees the lock of
-    a killed one. Also tidies up after a killed save."""
-    stage_dir = Path(stage_dir)
-    try:
-        stage_dir.mkdir(parents=True, exist_ok=True)
-        file = open(stage_dir / ".lock", "a+")  # noqa: SIM115 - held while the lock is
-    except OSError as error:
-        raise NanochatError(f"cannot write to {stage_dir}: {error.strerror}; choose another --out_dir") from error
-    with file:
-        if not _flock(file.fileno()):
-            file.seek(0)
-            owner = file.read().strip() or "unknown process"
-            raise NanochatError(
-                f"another run is writing to {stage_dir} ({owner}); wait for it, stop it, or choose another --run"
-            )
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-        file.flush()
-        _sweep(stage_dir)
+    """Hold a stage directory for writing, and tidy up after a killed save. A second process gets a NanochatError at
+    once; the kernel frees the lock of a killed one."""
+    with lock_file(Path(stage_dir) / ".lock"):
+        _sweep(Path(stage_dir))
         yield
 
 
-@contextlib.contextmanager
-def _flocked(directory: Path) -> Iterator[bool]:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        yield _flock(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _flock(descriptor: int) -> bool:
-    """Take the lock of an open file without waiting; True also where the file system has no locks (said once)."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        _say_no_locks(str(error))
-    return True
-
-
-@cache
-def _say_no_locks(why: str) -> None:
-    log.warning("this file system has no locks (%s): two runs writing one directory will not be noticed", why)
-
-
 # ---- small pieces
-
-
-def _pack(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
-    """JSON for `value`; tensors and arrays move into `tensors` and leave {"__tensor__": name, "kind": ...} behind."""
-    if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, str | int) or isinstance(key, bool) or key in (_TENSOR_KEY, _TUPLE_KEY):
-                raise UsageError(f"{where}: key {key!r} cannot be saved; use text or int")
-        if any(isinstance(key, int) for key in value):  # JSON would turn them into text: an optimizer's param ids
-            return {"__pairs__": [[key, _pack(item, tensors, f"{where}.{key}")] for key, item in value.items()]}
-        return {key: _pack(item, tensors, f"{where}.{key}") for key, item in value.items()}
-    if isinstance(value, tuple):
-        return {_TUPLE_KEY: [_pack(item, tensors, f"{where}.{i}") for i, item in enumerate(value)]}
-    if isinstance(value, list):
-        return [_pack(item, tensors, f"{where}.{i}") for i, item in enumerate(value)]
-    if isinstance(value, Tensor):
-        tensors[where] = value
-        return {_TENSOR_KEY: where, "kind": "torch"}
-    if isinstance(value, np.ndarray):
-        if value.dtype.kind not in "biuf":
-            raise UsageError(f"{where}: an array of {value.dtype} cannot be saved")
-        tensors[where] = torch.from_numpy(np.array(value, order="C"))
-        return {_TENSOR_KEY: where, "kind": "numpy"}
-    if isinstance(value, np.generic):
-        return value.item()
-    if value is None or isinstance(value, str | int | float):
-        return value
-    raise UsageError(f"{where}: {type(value).__name__} cannot be saved; use numbers, text, lists, dicts or tensors")
-
-
-def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(value, list):
-        return [_unpack(item, tensors) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if _TENSOR_KEY in value:
-        tensor = tensors[value[_TENSOR_KEY]]
-        return tensor.numpy() if value["kind"] == "numpy" else tensor
-    if _TUPLE_KEY in value:
-        return tuple(_unpack(item, tensors) for item in value[_TUPLE_KEY])
-    if "__pairs__" in value:
-        return {key: _unpack(item, tensors) for key, item in value["__pairs__"]}
-    return {key: _unpack(item, tensors) for key, item in value.items()}
 
 
 def _dumps(value: Any, where: str, indent: int | None = None) -> str:

@@ -51,8 +51,8 @@ def run(command: str, argv: list[str] | None = None) -> None:
     try:
         code = _function(command)(list(sys.argv[1:] if argv is None else argv))
     except NanochatError as error:
-        who = f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ else ""
-        print(f"{who}error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK")  # under torchrun
+        print(f"rank {rank}: error: {error}" if rank else f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         hint = f"; the same call of {command} goes on where it stopped" if command in RESUMABLE else ""
