@@ -104,7 +104,7 @@ def _fetch_once(
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
         total = _total(answer.headers, have if answer.status_code == 206 else 0)
         if answer.status_code == 416 and total != have:  # our part is longer than the file: not the same file
-            part.unlink()
+            _discard(part)
             raise _Again("the partial file did not fit")
         if answer.status_code != 416:
             if answer.status_code in (408, 425, 429) or answer.status_code >= 500:
@@ -113,7 +113,7 @@ def _fetch_once(
                 raise NanochatError(f"{url}: HTTP {answer.status_code} {answer.reason}; check the address")
             resumed = answer.status_code == 206 and _range_start(answer.headers) == have
             if answer.status_code == 206 and not resumed:
-                part.unlink()
+                _discard(part)
                 raise _Again("the server answered with another range")
             if not resumed:
                 progress(-have)
@@ -122,7 +122,7 @@ def _fetch_once(
             else:
                 etag.write_text(answer.headers["ETag"])
             with part.open("ab" if resumed else "wb") as file:
-                for data in answer.iter_content(1 << 18):
+                for data in answer.iter_content(1 << 16):
                     file.write(data)
                     progress(len(data))
     _verify(part, total, size, sha256)
@@ -134,10 +134,10 @@ def _verify(part: Path, total: int | None, size: int | None, sha256: str | None)
     wanted = size if size is not None else total
     if wanted is not None and got != wanted:
         if got > wanted:
-            part.unlink()
+            _discard(part)
         raise _Again(f"{got} bytes came instead of {wanted}")
     if sha256 is not None and (found := _sha256(part)) != sha256:
-        part.unlink()
+        _discard(part)
         raise _Again(f"its sha256 is {found}, expected {sha256}")
 
 
@@ -159,6 +159,11 @@ def _is_right(path: Path, size: int | None, sha256: str | None) -> bool:
     if not path.exists() or (size is not None and path.stat().st_size != size):
         return False
     return sha256 is None or _sha256(path) == sha256
+
+
+def _discard(part: Path) -> None:
+    part.unlink()
+    _etag_file(part).unlink(missing_ok=True)
 
 
 def _etag_file(part: Path) -> Path:

@@ -23,18 +23,28 @@ PIECE_MIN, PIECE_MAX = 4096, 8192  # bytes: longer text files become pieces of t
 
 
 class Faults:
-    """What to do with a damaged file or record: raise NanochatError, or skip it, count it and log the first few."""
+    """What to do with a damaged file or record: raise NanochatError, or skip it, count it and log the first few.
+
+    A fault that a later pass meets again counts once.
+    """
 
     def __init__(self, on_error: str = "raise") -> None:
         if on_error not in ("raise", "skip"):
             raise UsageError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
         self.on_error = on_error
-        self.count = 0
+        self._seen: set[int] = set()
+
+    @property
+    def count(self) -> int:
+        """Faults skipped so far."""
+        return len(self._seen)
 
     def __call__(self, message: str) -> None:
         if self.on_error == "raise":
             raise NanochatError(f"{message}; repair or remove it, or skip such records with on_error=skip")
-        self.count += 1
+        if hash(message) in self._seen:
+            return
+        self._seen.add(hash(message))
         if self.count <= 10:
             log.warning("skipped: %s%s", message, " (further ones are counted only)" if self.count == 10 else "")
 
@@ -214,7 +224,8 @@ def read_parquet(path: Path, faults: Faults, start: int = 0) -> Iterator[str]:
         names = file.schema_arrow.names
         column = next((f for f in FIELDS if f in names), None)
         if column is None:
-            raise NanochatError(f"{path}: no column {' or '.join(map(repr, FIELDS))} (it has {_some(names)})")
+            faults(f"{path}: no column {' or '.join(map(repr, FIELDS))} (it has {_some(names)})")
+            return
         row = 0
         for group in range(file.num_row_groups):
             n_rows = file.metadata.row_group(group).num_rows

@@ -13,7 +13,7 @@ from nanochat.tasks.task import message_text
 
 
 def check_conversation(conversation: Any) -> dict[str, Any]:
-    """The conversation, when it can be laid out and the assistant says something; else ValueError says what is wrong."""
+    """The conversation, when it can be laid out and the assistant says something; else a ValueError says why not."""
     if isinstance(conversation, list):
         conversation = {"messages": conversation}
     try:

@@ -30,6 +30,6 @@ class HumanEval(RowTask):
     def evaluate(self, conversation: dict[str, Any], completion: str) -> bool:
         """Raises NanochatError: judging means running what a model wrote, and there is no sandbox for that yet."""
         raise NanochatError(
-            "humaneval: running code that a model wrote is not enabled yet: it needs a sandbox, which this version does "
-            "not have; leave humaneval out of the evaluation"
+            "humaneval: running code that a model wrote is not enabled yet: it needs a sandbox, which this version "
+            "does not have; leave humaneval out of the evaluation"
         )
