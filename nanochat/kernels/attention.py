@@ -27,9 +27,9 @@ def attention(
     """softmax(scale * q k^T + mask) v -> (B, T, H, P), in q's dtype.
 
     `start` (B,): absolute position of each row's first query; keys and values then hold positions 0..S-1,
-    S >= start + T (None: S = T and queries begin at 0). `lengths` (B,): the first so many keys of a row are valid.
-    `segments_BT` (int) numbers documents; what lies before `start` belongs to the first query's document. `window`: 0 sees everything
-    before. `scale`: 1 / sqrt(P) when None. A query that sees nothing gets zeros.
+    S >= start + T (None: the queries stand at the end of the keys, S >= T). `lengths` (B,): the first so many keys of a
+    row are valid. `segments_BT` (int) numbers documents; what lies before `start` belongs to the first query's
+    document. `window`: 0 sees everything before. `scale`: 1 / sqrt(P) when None. A query that sees nothing gets zeros.
     """
     op = choose("attention", ATTENTION, "sdpa")
     return op(q_BTHP, k_BSGP, v_BSGP, segments_BT, window, lengths, start, scale)
@@ -70,8 +70,7 @@ def visible(
     """Which keys each query sees: bool, (B or 1, T, S)."""
     n_batch, n_time = queries
     at = torch.arange(n_time, device=device)[None]
-    if start is not None:
-        at = at + start.to(device)[:, None]
+    at = at + (n_source - n_time if start is None else start.to(device)[:, None])
     key = torch.arange(n_source, device=device)
     mask_BTS = key <= at[:, :, None]
     if window > 0:
@@ -98,8 +97,9 @@ def _attention_sdpa(
     n_source, n_group = k_BSGP.shape[1:3]
     window = 0 if window >= n_source else window
     q, k, v = (x.transpose(1, 2) for x in (q_BTHP, k_BSGP, v_BSGP))
-    if segments_BT is None and not window and lengths is None and start is None:
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=n_head != n_group)
+    if segments_BT is None and not window and lengths is None and start is None and n_time in (1, n_source):
+        causal = n_time > 1  # one query at the end sees every key
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=n_head != n_group)
         return y.transpose(1, 2)
     mask = visible((n_batch, n_time), n_source, q.device, segments_BT, window, lengths, start)[:, None]
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=n_head != n_group)

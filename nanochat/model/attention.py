@@ -41,8 +41,9 @@ class KVState(State):
         self.k, self.v, self.lengths = snapshot.k.clone(), snapshot.v.clone(), list(snapshot.lengths)
 
     def select(self, rows: Tensor) -> None:
-        chosen = self.map(lambda x: x.index_select(0, rows.to(x.device)))
-        self.k, self.v, self.lengths = chosen.k, chosen.v, chosen.lengths
+        rows = rows.to(self.k.device)  # the spare room stays
+        self.k, self.v = self.k.index_select(0, rows), self.v.index_select(0, rows)
+        self.lengths = [self.lengths[i] for i in rows.tolist()]
 
     def reserve(self, n: int) -> None:
         need = self.longest + n

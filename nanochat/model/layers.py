@@ -12,6 +12,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochat.kernels.linear import linear
+
 ACTIVATIONS = ("relu2", "gelu", "swiglu")
 
 
@@ -27,7 +29,7 @@ class Linear(nn.Linear):
         self.splits = tuple(splits)
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.weight.to(input.dtype))
+        return linear(input, self.weight.to(input.dtype))
 
     def init_uniform(self) -> None:
         """Uniform with variance 1/n_in, the spread of a normal init without its tails."""

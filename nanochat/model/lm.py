@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nanochat.errors import UsageError
+from nanochat.kernels.linear import linear
 from nanochat.kernels.loss import linear_cross_entropy, linear_nll
 from nanochat.model.attention import Attention
 from nanochat.model.config import ModelConfig
@@ -176,10 +177,12 @@ class LM(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, D) to soft-capped fp32 logits (…, V)."""
         if self.head is None:
-            out = nn.functional.linear(hidden, self.embed.weight.to(hidden.dtype)).float()
+            out = linear(hidden, self.embed.weight.to(hidden.dtype)).float()
         else:
             out = self.head(hidden).float()
         cap = self.config.softcap
+        if cap and not torch.is_grad_enabled():
+            return out.div_(cap).tanh_().mul_(cap)
         return cap * torch.tanh(out / cap) if cap else out
 
     def loss(self, inputs: Tensor, targets: Tensor, weights: Tensor, segments: Tensor | None = None) -> Tensor:
