@@ -184,9 +184,11 @@ def _shorten(pieces: list[_Piece], budget: int) -> list[_Piece]:
     texts = sorted(len(piece.ids) for piece in pieces if piece.is_text)
     room = max(0, budget - _length(piece for piece in pieces if not piece.is_text))
     cap = 0
-    for i, length in enumerate(texts):
-        cap = min(length, room // (len(texts) - i))
-        room -= cap
+    for i, length in enumerate(texts):  # what the short ones leave is shared by the longer ones
+        cap = room // (len(texts) - i)
+        if length > cap:
+            break
+        room -= length
     shortened: list[_Piece] = []
     cut_speech = False
     for piece in pieces:
