@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import count, islice, permutations
 from typing import Any
 
@@ -104,6 +105,7 @@ _TEMPLATES = {k: [[_parse(t) for t in r.documents] for r in rs] for k, rs in lex
 _ORDERS = {k: tuple(permutations(range(len(rs)))) for k, rs in lex.RELATIONS.items()}
 _RELATION = {(k, r.name): r for k, rs in lex.RELATIONS.items() for r in rs}
 CHAINS = {(k, hops): _chains(k, hops) for k in _SLOTS for hops in (1, 2, 3)}
+_CODES = {k: {chain: code for hops in (1, 2, 3) for code, chain in enumerate(CHAINS[k, hops])} for k in _SLOTS}
 
 
 class World:
@@ -132,7 +134,11 @@ class World:
         }
         n_train = n_new - n_new // 4
         self._pools = (range(n_known), range(n_known, n_known + n_train), range(n_known + n_train, self.n))
+        self._recall = lru_cache(4096)(self.entity)  # chains and dialogues come back to the same few
         self._ranks = tuple({k: self._rank_range(k, pool) for k in _SLOTS} for pool in self._pools)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return World, (self.seed, self.n_known, self.n_new)
 
     # Entities ---------------------------------------------------------------------------------------------------------
 
@@ -241,11 +247,10 @@ class World:
         """Whether the questions that follow `chain` from entity i belong to a part (see the module's docstring)."""
         if i >= self.n_known:
             return i in self.pool("new", part)
-        relations = [r.name for r in lex.RELATIONS[KINDS[i % 5]]]
         key = mix(self._keys[_PARTS], i)
+        code = _CODES[KINDS[i % 5]][chain]
         if len(chain) == 1:
-            return (mix(key, relations.index(chain[0])) % 4 == 0) == (part == "heldout")
-        code = CHAINS[KINDS[i % 5], len(chain)].index(chain)
+            return (mix(key, code) % 4 == 0) == (part == "heldout")
         if (mix(mix(key, _CHAINS), 100 * len(chain) + code) % 4 == 0) != (part == "heldout"):
             return False
         return part == "heldout" or all(self.in_part(e, (r,), part) for e, r, _ in self.follow(i, chain))
@@ -254,7 +259,7 @@ class World:
         """The hops ((entity id, relation, value), ...) of a chain of relations that starts at entity i."""
         hops = []
         for relation in chain:
-            entity = self.entity(i)
+            entity = self._recall(i)
             hops.append((i, relation, entity.facts[relation]))
             i = entity.links.get(relation, -1)
         return tuple(hops)

@@ -1,4 +1,4 @@
-"""Corpora: every format, a fixed validation split, streaming from any start, and one clear error for each kind of damage."""
+"""Corpora: every format, a fixed validation split, streaming from any start, one clear error for every damage."""
 
 from __future__ import annotations
 
@@ -113,9 +113,10 @@ def test_white_space_is_no_document(tmp_path: Path) -> None:
 # Long texts -----------------------------------------------------------------------------------------------------------
 
 
-@given(
-    st.lists(st.sampled_from(["word ", "é", "\n", "\n\n", "x" * 5000, "\r\n\r\n", "日本語" * 900, "🙂" * 700]), max_size=60)
-)
+SNIPPETS = ["word ", "é", "\n", "\n\n", "x" * 5000, "\r\n\r\n", "日本語" * 900, "🙂" * 700]
+
+
+@given(st.lists(st.sampled_from(SNIPPETS), max_size=60))
 @settings(max_examples=40, deadline=None)
 def test_pieces_join_to_the_text(tmp_path_factory: pytest.TempPathFactory, parts: list[str]) -> None:
     path = tmp_path_factory.mktemp("pieces") / "a.txt"

@@ -192,7 +192,7 @@ def test_a_no_is_not_retried(server: Server, tmp_path: Path) -> None:
 def test_wrong_bytes_are_noticed(server: Server, tmp_path: Path) -> None:
     server.script = ["garbage"]
     assert get(server, tmp_path / "a", sha256=SHA).read_bytes() == BODY  # the second try is right
-    with pytest.raises(NanochatError, match="its sha256 is .*, expected 0000"):
+    with pytest.raises(NanochatError, match=r"its sha256 is .*, expected 0000"):
         get(server, tmp_path / "b", sha256="0" * 64, tries=2)
     with pytest.raises(NanochatError, match="1024000 bytes came instead of 5"):
         get(server, tmp_path / "c", size=5, tries=2)

@@ -1,10 +1,11 @@
-"""The tiny world: unique names, documents that state every fact, questions with true answers, parts that leak nothing."""
+"""The tiny world: unique names, documents with every fact, questions with true answers, parts that leak nothing."""
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections import Counter
-from itertools import islice
+from itertools import islice, pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -26,9 +27,13 @@ def test_shuffle_is_a_bijection(n: int, key: int) -> None:
     assert sorted(map(order, range(n))) == list(range(n))
 
 
+def test_worlds_can_be_pickled() -> None:
+    assert pickle.loads(pickle.dumps(WORLD)).document(7) == WORLD.document(7)
+
+
 def test_shuffle_mixes() -> None:
     order = [Shuffle(1000, 5)(i) for i in range(1000)]
-    assert sum(abs(a - b) < 50 for a, b in zip(order, order[1:], strict=False)) < 200  # about 100 by chance
+    assert sum(abs(a - b) < 50 for a, b in pairwise(order)) < 200  # about 100 by chance
     assert order != [Shuffle(1000, 6)(i) for i in range(1000)]
     assert len({mix(1, k) for k in range(1000)}) == 1000
     assert {Draws(9).choice("abc") for _ in range(3)} <= set("abc")
@@ -62,7 +67,7 @@ def test_name_lists_are_distinct_and_powers_of_two() -> None:
 def test_a_small_vocabulary_covers_a_large_world() -> None:
     world = World(seed=1, n_known=20_000, n_new=0)
     words: Counter[str] = Counter()
-    for document in islice(world.documents(), 0, None, 10):
+    for document in map(world.document, range(0, world.n, 10)):
         words.update(re.findall(r"[A-Za-z]+", document["content"]))
     towns = {a + b for a in lex.TOWN_STARTS for b in lex.TOWN_ENDS}
     assert len(set(words) - towns) < 700
@@ -204,7 +209,7 @@ def test_questions_have_true_answers(hops: int, split: str, part: str) -> None:
             assert WORLD.entity(entity).facts[relation] == value
             assert value.lower() in WORLD.document(entity)["content"].lower()
             assert f"{entity}-0" in q.gold_documents
-        for (_, _, value), (entity, _, _) in zip(q.hop_chain, q.hop_chain[1:], strict=False):
+        for (_, _, value), (entity, _, _) in pairwise(q.hop_chain):
             assert WORLD.name(entity) == value
         assert q.answer == q.hop_chain[-1][2]
         assert q.matches(q.answer.upper() + ".")
@@ -226,7 +231,7 @@ def test_parts_are_disjoint_and_about_a_quarter_is_held_out(hops: int) -> None:
 def test_training_chains_follow_training_pairs_only() -> None:
     heldout = set(WORLD.pairs(1, "known", "heldout"))
     for hops in (2, 3):
-        for q in WORLD.questions(hops, "known", "train"):
+        for q in WORLD.questions(hops, "known", "train", limit=500):
             assert not any((entity, (relation,)) in heldout for entity, relation, _ in q.hop_chain)
 
 
@@ -245,7 +250,7 @@ def test_heldout_new_entities_are_named_nowhere_in_training_text() -> None:
     for hops in (1, 2):
         texts += [q.text + q.sentence for s in ("known", "new") for q in WORLD.questions(hops, s, "train")]
     joined = "\n".join(texts)
-    assert not [name for name in names if re.search(rf"\b{name}\b(?! \d)", joined)]
+    assert not [name for name in names if name in joined]
 
 
 def test_unanswerable_questions_have_no_answer_anywhere() -> None:
