@@ -97,7 +97,6 @@ class Cursor:
     row: int
     lanes: dict[int, Lane]
     report: Report
-    useful: bool
 
     def state_dict(self, n_lanes: int) -> dict[str, Any]:
         lanes = {}
@@ -115,7 +114,6 @@ class Cursor:
             "n_lanes": n_lanes,
             "lanes": lanes,
             "report": asdict(self.report),
-            "useful": self.useful,
         }
 
 
@@ -145,7 +143,8 @@ class Packer:
         self.row = rank  # number of the next row of the run
         self.report = Report()
         self.position = (0, 0, 0)
-        self.useful = False  # has this epoch given anything yet
+        self.barren = 0  # documents in a row that gave nothing to train on
+        self.epoch_size = 0  # documents of the last whole epoch
         self.reader: Iterator[Any] | None = None
         self.ended = False
 
@@ -198,18 +197,16 @@ class Packer:
         for _ in range(self.read_ahead):
             raw = next(self.reader, None)
             if raw is None:
-                if index == 0 or not self.useful:
-                    raise NanochatError(f"the stream {self.source.name} holds nothing to train on")
-                epoch, index, self.useful = epoch + 1, 0, False
+                if index == 0:
+                    raise NanochatError(f"the stream {self.source.name} holds no documents")
+                epoch, index, self.epoch_size = epoch + 1, 0, index
                 self.ended = self.epochs is not None and epoch >= self.epochs
                 if self.ended:
                     break
                 self.reader = self.source.read(epoch, 0)
                 continue
             lane = self.lanes.get(number % self.n_lanes)
-            if lane is None:
-                self.useful = True  # another rank's document
-            elif number >= lane.next[2]:
+            if lane is not None and number >= lane.next[2]:
                 wanted.append((lane, raw))
             index, number = index + 1, number + 1
         self.position = (epoch, index, number)
@@ -220,17 +217,18 @@ class Packer:
         return True
 
     def hand(self, lane: Lane, piece: Piece | None) -> None:
-        if piece is None or not len(piece.inputs):
-            self.report.skipped += 1
-            return
-        if not self.split and len(piece.inputs) > self.T:
+        """Put a piece where its lane takes it from. Raises NanochatError when a whole epoch gave none."""
+        if piece is not None and not self.split and len(piece.inputs) > self.T:
             self.report.cropped += len(piece.inputs) - self.T
             piece = Piece(piece.inputs[: self.T], piece.targets[: self.T])
-            if not (piece.targets != IGNORED).any():
-                self.report.skipped += 1
-                return
-        self.useful = True
-        lane.pending.append(piece)
+        if piece is not None and (piece.targets != IGNORED).any():
+            self.barren = 0
+            lane.pending.append(piece)
+            return
+        self.report.skipped += 1
+        self.barren += 1
+        if self.epoch_size and self.barren > self.epoch_size + self.read_ahead:
+            raise NanochatError(f"the stream {self.source.name} holds nothing to train on ({self.barren:,} documents read)")
 
     def batch(self, n_rows: int) -> Batch | None:
         """The next `n_rows` rows (fewer at the end of a finite stream), None when there are none."""
@@ -261,7 +259,7 @@ class Packer:
     def cursor(self) -> Cursor:
         """Where the stream stands, cheaply: pieces are shared, not copied."""
         lanes = {n: replace(x, pending=deque(x.pending), buffer=list(x.buffer)) for n, x in self.lanes.items()}
-        return Cursor(self.row - self.rank, lanes, replace(self.report), self.useful)
+        return Cursor(self.row - self.rank, lanes, replace(self.report))
 
     def state_dict(self) -> dict[str, Any]:
         return self.cursor().state_dict(self.n_lanes)
@@ -279,7 +277,7 @@ class Packer:
             lane.buffer = sorted(
                 ((len(p.inputs), n, p) for n, p in zip(arrived, part(saved["buffer"]))), key=lambda item: item[:2]
             )
-        self.report, self.useful = Report(**state["report"]), state["useful"]
+        self.report = Report(**state["report"])
         self.reader, self.ended = None, False
 
 
