@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -240,7 +241,7 @@ def download_shards(
 ) -> list[Path]:
     """The first `n` training shards and the validation shard, `workers` at a time. What is there already is kept.
 
-    Raises NanochatError at the first shard that cannot be had; the others stop after their current file.
+    Raises NanochatError at the first shard that cannot be had; the others stop, and the next call continues them.
     """
     if not 1 <= n <= MAX_SHARD:
         raise UsageError(f"-n {n}: the number of training shards must be between 1 and {MAX_SHARD}")
@@ -257,11 +258,22 @@ def download_shards(
 def _fetch_all(
     files: Iterable[tuple[str, Path, str | None]], workers: int, progress: Callable[[int], object]
 ) -> None:
+    """Fetches all; the first failure, or Ctrl-C, ends the others between two pieces (what they have is kept)."""
+    stop, counting = threading.Event(), threading.Lock()
+
+    def count(n: int) -> None:
+        if stop.is_set():
+            raise NanochatError("stopped")
+        with counting:
+            progress(n)
+
     with ThreadPoolExecutor(workers) as pool:
-        jobs = [pool.submit(fetch, url, path, sha256=digest, progress=progress) for url, path, digest in files]
-        done, waiting = wait(jobs, return_when=FIRST_EXCEPTION)
-        for job in waiting:
-            job.cancel()
+        jobs = [pool.submit(fetch, url, path, sha256=digest, progress=count) for url, path, digest in files]
+        try:
+            done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
+        finally:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
     for job in done:
         job.result()
 

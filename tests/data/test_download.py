@@ -256,6 +256,18 @@ def test_a_missing_shard_ends_it(server: Server, tmp_path: Path) -> None:
     assert len(server.log) < 50
 
 
+def test_an_interrupt_stops_the_others(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_shards(server, 200)
+
+    def interrupted(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(download, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        download_shards(200, tmp_path, server.url, workers=2, quiet=True)
+    assert len(server.log) < 50
+
+
 def test_command_line(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
