@@ -6,10 +6,15 @@ loss = sum(weights * nll) / valid, with `valid` the number of targets over all r
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import signal
+import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,6 +90,28 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+@contextlib.contextmanager
+def held_interrupt() -> Iterator[Callable[[], bool]]:
+    """Inside, the first Ctrl-C is only noted (the yielded function says so), so that a step ends whole; the second acts at once."""
+    asked = False
+
+    def note(signum: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        tqdm.write("stopping after this step; Ctrl-C again to stop at once", file=sys.stderr)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class Trainer:
     """One stage of training of one model in one directory; `run` does it."""
 
@@ -130,12 +157,15 @@ class Trainer:
         batches = self.stage.batches("train")
         quiet = self.runtime.rank != 0
         self.bar = tqdm(
-            total=self.n_steps, initial=self.progress.step, desc=self.directory.name, unit="step", disable=quiet, mininterval=0.5
+            total=self.n_steps or None, initial=self.progress.step, desc=self.directory.name, unit="step", disable=quiet, mininterval=0.5
         )
         try:
-            while not self.finished():
-                self.step(batches)
-                self.after_step()
+            with held_interrupt() as asked:
+                while not self.finished():
+                    self.step(batches)
+                    self.after_step()
+                    if asked() and not self.finished():
+                        self.save_and_stop()
             if not self.progress.metrics or self.progress.metrics.get("final") != 1.0:
                 self.finish()
         finally:
@@ -143,6 +173,12 @@ class Trainer:
             self.stage.close()
             self.log.close()
         return self.progress.metrics
+
+    def save_and_stop(self) -> None:
+        """Ctrl-C: keep what was done. With several processes there may be no one left to talk to, so nothing is saved."""
+        if self.runtime.world_size == 1:
+            self.save()
+        raise KeyboardInterrupt
 
     def share(self) -> float:
         """How much of the run is done, in [0, 1]."""
