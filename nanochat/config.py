@@ -169,14 +169,19 @@ def _apply(config_class: type[C], default: C, flags: dict[str, list[str]]) -> C:
         for name in flags:
             try:
                 _tyro(config_class, default, arguments(name))
-            except _Refused:
+            except _Refused as alone:
                 given = " ".join(flags[name])
-                raise UsageError(f"--{name} {given}: expected {_type_name(hints[name])}") from None
-        raise UsageError(str(error)) from None
+                why = alone.reason or f"expected {_type_name(hints[name])}"
+                raise UsageError(f"--{name} {given}: {why}") from None
+        raise UsageError(error.reason or "invalid arguments") from None
 
 
 class _Refused(Exception):
-    pass
+    """tyro refused. `reason`: the ValueError that the class itself raised, "" for a text that is no such value."""
+
+    def __init__(self, cause: BaseException | None) -> None:
+        super().__init__()
+        self.reason = str(cause) if isinstance(cause, ValueError) else ""
 
 
 def _tyro(config_class: type[C], default: C, arguments: list[str]) -> C:
@@ -186,7 +191,7 @@ def _tyro(config_class: type[C], default: C, arguments: list[str]) -> C:
                 config_class, args=arguments, default=default, description="-", use_underscores=True
             )
         except SystemExit as error:  # what tyro makes of a bad value and of a ValueError in the class itself
-            raise _Refused(str(error.__context__ or "invalid arguments")) from None
+            raise _Refused(error.__context__) from None
 
 
 def _help(config_class: type, default: Any, prog: str | None) -> None:
@@ -232,7 +237,8 @@ def save(config: Any, path: str | Path) -> Path:
         temporary.write_text(to_json(config), encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise NanochatError(f"could not write {path}: {_reason(error)}") from error
     return path
 

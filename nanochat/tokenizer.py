@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import codecs
+import contextlib
 import hashlib
 import json
 import logging
@@ -122,7 +123,8 @@ class Tokenizer:
             temporary.write_text(json.dumps({**self._record(), "sha256": self.hash}, indent=0), encoding="utf-8")
             os.replace(temporary, path)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
             raise NanochatError(f"could not save the tokenizer to {path}: {error}") from error
         return path
 

@@ -169,6 +169,13 @@ def test_save_and_load(tok: Tokenizer, tmp_path: Path) -> None:
     assert [p.name for p in file.parent.iterdir()] == ["bpe.json"]
 
 
+def test_a_place_that_cannot_be_written(tok: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for write in (tok.save, tok.export_hf):
+        with pytest.raises(NanochatError, match="could not (save|write)"):
+            write(tmp_path / "file" / "tokenizer")
+
+
 def test_missing_and_damaged_files_are_named(tok: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(NanochatError, match=r"no tokenizer at .*bpe\.json.*tok_train"):
         Tokenizer.load(tmp_path)
