@@ -19,7 +19,8 @@ from torch.autograd.function import once_differentiable
 from nanochat.kernels.dispatch import choose
 from nanochat.kernels.segments import padding, resets, state_dtype
 
-CHUNK = 16  # steps between saved states
+# steps between saved states: long enough to hide the cost of a call, short enough for three buffers in cache
+CHUNK_MIN, CHUNK_MAX, CHUNK_ELEMENTS = 16, 32, 1 << 19
 
 
 def selective_scan(
@@ -119,15 +120,17 @@ class _Chunks:
         self.A_NE = A_EN.to(self.dtype).t().contiguous()
         # exp2 takes half of exp's time on a CPU, and a twentieth where the result underflows
         self.A2_NE = self.A_NE / math.log(2)
+        self.size = max(CHUNK_MIN, min(CHUNK_MAX, CHUNK_ELEMENTS // (n_batch * self.A_NE.numel())))
         self.inputs = u_BTE, delta_BTE, B_BTN, C_BTN
         self.keep_BT = keep_BT
-        shape = (min(CHUNK, self.n_time) + 1, n_batch, A_EN.shape[1], n_inner)
+        shape = (min(self.size, self.n_time) + 1, n_batch, A_EN.shape[1], n_inner)
         self.decay = delta_BTE.new_empty(shape)
         self.h = delta_BTE.new_empty(shape)  # row 0 is the state before the chunk
+        self.decay_steps, self.h_steps = self.decay.unbind(0), self.h.unbind(0)
 
     def slices(self, start: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """u, delta, B, C of one chunk: (L, B, E or N), in the state's dtype."""
-        stop = min(start + CHUNK, self.n_time)
+        stop = min(start + self.size, self.n_time)
         u, delta, B, C = (x[:, start:stop].transpose(0, 1).to(self.dtype) for x in self.inputs)
         return u, delta, B, C
 
@@ -141,8 +144,8 @@ class _Chunks:
         du_LBE = delta_LBE * u_LBE
         h[0] = state_BNE
         torch.mul(du_LBE[:, :, None, :], B_LBN[:, :, :, None], out=h[1:])
-        for before, now, a in zip(h[:-1].unbind(0), h[1:].unbind(0), decay.unbind(0), strict=True):
-            now.addcmul_(a, before)
+        for t in range(n):
+            self.h_steps[t + 1].addcmul_(self.decay_steps[t], self.h_steps[t])
         return du_LBE
 
 
@@ -171,7 +174,7 @@ class _ChunkedScan(torch.autograd.Function):
         n_batch, n_time, n_inner = u_BTE.shape
         y_BTE = torch.empty_like(u_BTE, memory_format=torch.contiguous_format)
         D = D_E.to(chunks.dtype)
-        starts = range(0, n_time, CHUNK)
+        starts = range(0, n_time, chunks.size)
         saved = delta_BTE.new_empty(len(starts), n_batch, A_EN.shape[1], n_inner)
         state_BNE = state_BEN.transpose(1, 2).to(chunks.dtype)
         for i, start in enumerate(starts):
@@ -195,15 +198,20 @@ class _ChunkedScan(torch.autograd.Function):
         D = D_E.to(chunks.dtype)
         dD_E = torch.zeros_like(D)
         g = torch.empty_like(chunks.h)
+        g_steps = g.unbind(0)
         carry_BNE = dstate_BEN.transpose(1, 2)  # gradient of the state after the chunk
         for i in reversed(range(saved.shape[0])):
-            start = i * CHUNK
+            start = i * chunks.size
             u, delta, B, C = chunks.slices(start)
             n = u.shape[0]
             dy = dy_BTE[:, start : start + n].transpose(0, 1).to(chunks.dtype)
             du_LBE = chunks.states(start, u, delta, B, saved[i])
             decay, h = chunks.decay[:n], chunks.h[: n + 1]
-            _state_gradients(g[:n], decay, dy, C, carry_BNE)
+            # gradient of each state: dy_t C_t + decay_{t+1} g_{t+1}
+            torch.mul(dy[:, :, None, :], C[:, :, :, None], out=g[:n])
+            g_steps[n - 1].add_(carry_BNE)
+            for t in range(n - 2, -1, -1):
+                g_steps[t].addcmul_(chunks.decay_steps[t + 1], g_steps[t + 1])
             dinput = _contract(g[:n], B)  # gradient of delta * u
             dD_E += (dy * u).sum((0, 1))
             dB, dC = _contract_inner(g[:n], du_LBE), _contract_inner(h[1:], dy)
@@ -217,15 +225,6 @@ class _ChunkedScan(torch.autograd.Function):
         du_BTE, ddelta_BTE, dB_BTN, dC_BTN = grads
         dstate = carry_BNE.transpose(1, 2).to(ctx.state_dtype)
         return du_BTE, ddelta_BTE, dA_NE.t().to(A_EN.dtype), dB_BTN, dC_BTN, dD_E.to(D_E.dtype), dstate, None
-
-
-def _state_gradients(g_LBNE: Tensor, decay_LBNE: Tensor, dy_LBE: Tensor, C_LBN: Tensor, carry_BNE: Tensor) -> None:
-    """Fill g with the gradient of each state h_t of the chunk: dy_t C_t + decay_{t+1} g_{t+1}."""
-    torch.mul(dy_LBE[:, :, None, :], C_LBN[:, :, :, None], out=g_LBNE)
-    steps, decays = g_LBNE.unbind(0), decay_LBNE.unbind(0)
-    steps[-1].add_(carry_BNE)
-    for t in range(len(steps) - 2, -1, -1):
-        steps[t].addcmul_(decays[t + 1], steps[t + 1])
 
 
 SELECTIVE_SCAN = {"chunked": _selective_scan_chunked, "ref": selective_scan_ref}
