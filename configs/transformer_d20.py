@@ -1,0 +1,10 @@
+"""Transformer, 20 layers: attention in every layer.
+
+For base_train, mid_train and chat_sft alike.
+"""
+
+depth = 20
+pattern = "transformer"
+sequence_len = 2048
+device_batch_size = 8  # lower it, or add configs/gpu/*.py, when memory runs out
+total_batch_size = 524288  # tokens a step over all GPUs, whatever the device batch; small SFT sets want less
