@@ -33,25 +33,38 @@ class Losses(NamedTuple):
         return self.text_nats / math.log(2) / self.n_bytes
 
 
-def bits_per_byte(model: LM, batches: Iterable[Batch], tokenizer: Tokenizer) -> Losses:
-    """Losses of `model` over `batches`. Special tokens stand for no bytes and do not count in bits per byte.
+class RowLosses(NamedTuple):
+    """Sums over the targets of each row, float64; this rank's rows only."""
 
-    Raises NanochatError when there is nothing to evaluate.
-    """
+    nats: np.ndarray
+    tokens: np.ndarray
+    text_nats: np.ndarray
+    n_bytes: np.ndarray
+
+
+def row_losses(model: LM, batches: Iterable[Batch], tokenizer: Tokenizer) -> RowLosses:
+    """Losses of `model` on every row of `batches`. Special tokens stand for no bytes: they are not in `text_nats`."""
     token_bytes = torch.from_numpy(np.asarray(tokenizer.token_bytes, dtype=np.int64))
-    nats, tokens, text_nats, n_bytes = 0.0, 0, 0.0, 0
+    found: list[np.ndarray] = []
     was_training = model.training
     model.eval()
     for batch in batches:
         nll = model.nll(*(x.to(model.device) for x in (batch.inputs, batch.targets, batch.segments))).double().cpu()
         counted = batch.targets != IGNORED
         size = token_bytes[batch.targets.clamp(min=0)] * counted
-        nats += float(nll.sum())
-        tokens += int(counted.sum())
-        text_nats += float(nll[size > 0].sum())
-        n_bytes += int(size.sum())
+        rows = (nll, counted, nll * (size > 0), size)
+        found.append(torch.stack([x.double().sum(dim=1) for x in rows], dim=1).numpy())
     model.train(was_training)
-    total = Losses(all_reduce_sum(nats), all_reduce_sum(tokens), all_reduce_sum(text_nats), all_reduce_sum(n_bytes))
-    if not total.tokens:
+    return RowLosses(*(np.concatenate(found).T if found else np.zeros((4, 0))))
+
+
+def bits_per_byte(model: LM, batches: Iterable[Batch], tokenizer: Tokenizer) -> Losses:
+    """Losses of `model` over `batches`, over all ranks.
+
+    Raises NanochatError when there is nothing to evaluate.
+    """
+    rows = row_losses(model, batches, tokenizer)
+    nats, tokens, text_nats, n_bytes = (all_reduce_sum(float(x.sum())) for x in rows)
+    if not tokens:
         raise NanochatError("there are no validation tokens: give more data, or a larger --eval_tokens")
-    return total._replace(n_bytes=max(1, total.n_bytes))
+    return Losses(nats, round(tokens), text_nats, max(1, round(n_bytes)))
