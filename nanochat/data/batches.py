@@ -1,13 +1,16 @@
-"""Tokens to packed batches: best-fit rows with document boundaries, several lanes, an exact cursor, a background thread.
+"""Tokens to packed batches: rows with document boundaries, several lanes, an exact cursor, a background thread.
 
-A *piece* is a run of (input, target) pairs of one document. A document of n tokens gives n pairs (the last target is the
-next document's <|bos|>, which stands for its end), so a document may be cut anywhere and no pair is lost. Rows are filled
-from a buffer of pieces: the longest that fits, again and again; the last gap is filled with the head of the longest piece
-(its tail goes back to the buffer) or, where conversations must stay whole, with padding.
+A *piece* is a run of (input, target) pairs of one document. A document of n tokens gives n pairs (the last target is
+the next document's <|bos|>, which stands for its end), so a document may be cut anywhere and no pair is lost. A row
+begins with the oldest piece of a buffer and goes on with the longest that fits, again and again; the last gap is filled
+with the head of the longest piece (its tail goes back to the buffer) or, where conversations must stay whole, with
+padding. Pieces of an earlier epoch go first: the longest of a small data set would otherwise crowd out the rest of it.
 
-The stream is divided into `n_lanes` lanes: document i belongs to lane i % n_lanes, and row g of the training run comes from lane
-g % n_lanes. Ranks own lanes, so a run over 1, 2, 4 or 8 processes sees the same rows in the same order, and a checkpoint of
-one resumes on another. The cursor of a lane is its next document, its documents read ahead and its buffer: exact.
+The stream is divided into `n_lanes` lanes: a hash of its number gives each document its lane (a remainder would send
+every second document of an alternating corpus to the same lanes), and row g of the training run comes from lane
+g % n_lanes. Ranks own lanes, so a run over 1, 2, 4 or 8 processes sees the same rows in the same order, and a
+checkpoint of one resumes on another. The cursor of a lane is its next document, its documents read ahead and its
+buffer: exact.
 """
 
 from __future__ import annotations
@@ -16,14 +19,15 @@ import queue
 import threading
 from bisect import bisect_right, insort
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple, Protocol, Union
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from nanochat.data.shuffle import mix
 from nanochat.errors import NanochatError, UsageError
 
 IGNORED = -1
@@ -75,25 +79,51 @@ class Report:
         return self.cropped / max(1, self.tokens + self.cropped)
 
 
+class Waiting(NamedTuple):
+    """A piece in a buffer, in the order in which they are sought."""
+
+    epoch: int
+    length: int
+    arrival: int
+    piece: Piece
+
+
 @dataclass
 class Lane:
-    """One independent sub-stream: read-ahead pieces, the packing buffer (sorted by length), the next document."""
+    """One independent sub-stream: (epoch, piece) read ahead, the packing buffer (sorted), the next document."""
 
     number: int
     next: tuple[int, int, int] = (0, 0, 0)  # (epoch, index in it, number in the run) of the next document to read
-    pending: deque[Piece] = field(default_factory=deque)
-    buffer: list[tuple[int, int, Piece]] = field(default_factory=list)  # (length, arrival, piece)
+    pending: deque[tuple[int, Piece]] = field(default_factory=deque)
+    buffer: list[Waiting] = field(default_factory=list)
     arrivals: int = 0
 
-    def insert(self, piece: Piece) -> None:
-        insort(self.buffer, (len(piece.inputs), self.arrivals, piece), key=lambda item: item[:2])
+    def insert(self, epoch: int, piece: Piece) -> None:
+        insort(self.buffer, Waiting(epoch, len(piece.inputs), self.arrivals, piece), key=lambda item: item[:3])
         self.arrivals += 1
+
+    def oldest(self) -> int:
+        """Where in the buffer the piece stands that arrived first."""
+        return min(range(len(self.buffer)), key=lambda i: self.buffer[i].arrival)
+
+    def best(self, room: int) -> int | None:
+        """Where the longest piece that fits stands, of the earliest epoch that has one; None: all are longer."""
+        start = 0
+        while start < len(self.buffer):
+            epoch = self.buffer[start].epoch
+            end = bisect_right(self.buffer, epoch, lo=start, key=lambda item: item.epoch)
+            at = bisect_right(self.buffer, room, lo=start, hi=end, key=lambda item: item.length)
+            if at > start:
+                return at - 1
+            start = end
+        return None
 
 
 @dataclass
 class Cursor:
-    """A position in the stream, as a checkpoint holds it."""
+    """A position in the stream, as a checkpoint holds it. `row`: rows of the run handed out, over all ranks."""
 
+    source: str
     row: int
     lanes: dict[int, Lane]
     report: Report
@@ -101,20 +131,16 @@ class Cursor:
     def state_dict(self, n_lanes: int) -> dict[str, Any]:
         lanes = {}
         for lane in self.lanes.values():
-            ordered = sorted(lane.buffer, key=lambda item: item[1])
+            ordered = sorted(lane.buffer, key=lambda item: item.arrival)
             lanes[str(lane.number)] = {
                 "next": list(lane.next),
                 "arrivals": lane.arrivals,
-                "arrived": np.array([item[1] for item in ordered], dtype=np.int64),
-                "buffer": join([item[2] for item in ordered]),
-                "pending": join(list(lane.pending)),
+                "arrived": np.array([item.arrival for item in ordered], dtype=np.int64),
+                "buffer": join([(item.epoch, item.piece) for item in ordered]),
+                "pending": join(lane.pending),
             }
-        return {
-            "row": self.row,
-            "n_lanes": n_lanes,
-            "lanes": lanes,
-            "report": asdict(self.report),
-        }
+        report = asdict(self.report)
+        return {"source": self.source, "row": self.row, "n_lanes": n_lanes, "lanes": lanes, "report": report}
 
 
 class Packer:
@@ -140,99 +166,113 @@ class Packer:
         self.n_lanes, self.rank, self.world_size = n_lanes, rank, world_size
         self.buffer_size, self.read_ahead, self.epochs = buffer_size, read_ahead, epochs
         self.lanes = {i: Lane(i) for i in range(n_lanes) if i % world_size == rank}
-        self.row = rank  # number of the next row of the run
+        self.base = 0  # rows of the run before this object took over
+        self.taken = 0  # rows of this rank since
         self.report = Report()
         self.position = (0, 0, 0)
         self.barren = 0  # documents in a row that gave nothing to train on
         self.epoch_size = 0  # documents of the last whole epoch
         self.reader: Iterator[Any] | None = None
-        self.ended = False
 
     def next_row(self) -> list[Piece] | None:
-        """The pieces of this rank's next row; None when a finite stream is used up (lanes that end early are passed over)."""
+        """The pieces of this rank's next row; None when a finite stream is used up (ended lanes are passed over)."""
         for _ in range(len(self.lanes)):
-            lane = self.lanes[self.row % self.n_lanes]
-            self.row += self.world_size
-            pieces = self.fill(lane)
-            if pieces:
+            row = self.base + (self.rank - self.base) % self.world_size + self.taken * self.world_size
+            self.taken += 1
+            if pieces := self.fill(self.lanes[row % self.n_lanes]):
                 return pieces
         return None
 
     def fill(self, lane: Lane) -> list[Piece]:
-        room, pieces = self.T, []
+        """One row from a lane, empty when the lane has ended. A row without any target (the cut-off beginning of a long
+        prompt) is passed over."""
+        while pieces := self.pack(lane):
+            if any((piece.targets != IGNORED).any() for piece in pieces):
+                return pieces
+        return []
+
+    def pack(self, lane: Lane) -> list[Piece]:
+        room = self.T
+        pieces: list[Piece] = []
         while room:
             self.top_up(lane)
             if not lane.buffer:
                 break
-            at = bisect_right(lane.buffer, room, key=lambda item: item[0])
-            if at:
-                piece = lane.buffer.pop(at - 1)[2]
-            elif self.split:
-                whole = lane.buffer.pop()[2]
-                piece = Piece(whole.inputs[:room], whole.targets[:room])
-                lane.insert(Piece(whole.inputs[room:], whole.targets[room:]))
-                self.report.split += 1
+            at = lane.best(room) if pieces else lane.oldest()
+            if at is None or lane.buffer[at].length > room:
+                if not self.split:
+                    break
+                piece = self.cut(lane, at, room)
             else:
-                break
+                piece = lane.buffer.pop(at).piece
             pieces.append(piece)
             room -= len(piece.inputs)
         return pieces
+
+    def cut(self, lane: Lane, at: int | None, room: int) -> Piece:
+        """The head of the piece at `at`, or of the longest of the earliest epoch; its tail stays in the buffer."""
+        if at is None:
+            at = bisect_right(lane.buffer, lane.buffer[0].epoch, key=lambda item: item.epoch) - 1
+        epoch, _, _, whole = lane.buffer.pop(at)
+        lane.insert(epoch, Piece(whole.inputs[room:], whole.targets[room:]))
+        self.report.split += 1
+        return Piece(whole.inputs[:room], whole.targets[:room])
 
     def top_up(self, lane: Lane) -> None:
         while len(lane.buffer) < self.buffer_size:
             while not lane.pending:
                 if not self.read():
                     return
-            lane.insert(lane.pending.popleft())
+            lane.insert(*lane.pending.popleft())
 
     def read(self) -> bool:
         """Read the next documents and hand each to its lane; False at the end of a finite stream."""
-        if self.ended:
-            return False
         if self.reader is None:
             self.position = min(lane.next for lane in self.lanes.values())
-            self.reader = self.source.read(*self.position[:2])
-        wanted: list[tuple[Lane, Any]] = []
         epoch, index, number = self.position
+        wanted: list[tuple[Lane, int, Any]] = []
         for _ in range(self.read_ahead):
+            if self.epochs is not None and epoch >= self.epochs:
+                break
+            if self.reader is None:
+                self.reader = self.source.read(epoch, index)
             raw = next(self.reader, None)
             if raw is None:
                 if index == 0:
                     raise NanochatError(f"the stream {self.source.name} holds no documents")
-                epoch, index, self.epoch_size = epoch + 1, 0, index
-                self.ended = self.epochs is not None and epoch >= self.epochs
-                if self.ended:
-                    break
-                self.reader = self.source.read(epoch, 0)
+                epoch, index, self.epoch_size, self.reader = epoch + 1, 0, index, None
                 continue
-            lane = self.lanes.get(number % self.n_lanes)
+            lane = self.lanes.get(mix(0, number) % self.n_lanes)
             if lane is not None and number >= lane.next[2]:
-                wanted.append((lane, raw))
+                wanted.append((lane, epoch, raw))
             index, number = index + 1, number + 1
+        ended = (epoch, index, number) == self.position
         self.position = (epoch, index, number)
-        for (lane, _), piece in zip(wanted, self.source.encode([raw for _, raw in wanted])):
-            self.hand(lane, piece)
+        for (lane, of_epoch, _), piece in zip(wanted, self.source.encode([raw for *_, raw in wanted])):
+            self.hand(lane, of_epoch, piece)
         for lane in self.lanes.values():
             lane.next = max(lane.next, self.position, key=lambda at: at[2])
-        return True
+        return not ended
 
-    def hand(self, lane: Lane, piece: Piece | None) -> None:
+    def hand(self, lane: Lane, epoch: int, piece: Piece | None) -> None:
         """Put a piece where its lane takes it from. Raises NanochatError when a whole epoch gave none."""
         if piece is not None and not self.split and len(piece.inputs) > self.T:
             self.report.cropped += len(piece.inputs) - self.T
             piece = Piece(piece.inputs[: self.T], piece.targets[: self.T])
         if piece is not None and (piece.targets != IGNORED).any():
             self.barren = 0
-            lane.pending.append(piece)
+            lane.pending.append((epoch, piece))
             return
         self.report.skipped += 1
         self.barren += 1
         if self.epoch_size and self.barren > self.epoch_size + self.read_ahead:
-            raise NanochatError(f"the stream {self.source.name} holds nothing to train on ({self.barren:,} documents read)")
+            raise NanochatError(
+                f"the stream {self.source.name} holds nothing to train on ({self.barren:,} documents read)"
+            )
 
     def batch(self, n_rows: int) -> Batch | None:
         """The next `n_rows` rows (fewer at the end of a finite stream), None when there are none."""
-        rows = []
+        rows: list[list[Piece]] = []
         while len(rows) < n_rows:
             row = self.next_row()
             if row is None:
@@ -259,51 +299,58 @@ class Packer:
     def cursor(self) -> Cursor:
         """Where the stream stands, cheaply: pieces are shared, not copied."""
         lanes = {n: replace(x, pending=deque(x.pending), buffer=list(x.buffer)) for n, x in self.lanes.items()}
-        return Cursor(self.row - self.rank, lanes, replace(self.report))
+        return Cursor(self.source.name, self.base + self.taken * self.world_size, lanes, replace(self.report))
 
     def state_dict(self) -> dict[str, Any]:
         return self.cursor().state_dict(self.n_lanes)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly where `state` was taken. Raises UsageError when it was taken with another number of lanes."""
+        """Continue exactly where `state` was taken, on whatever number of processes. Raises UsageError when that was
+        with another number of lanes or another source."""
         if state["n_lanes"] != self.n_lanes:
             raise UsageError(f"--n_lanes {self.n_lanes}: the checkpoint was written with {state['n_lanes']}")
-        self.row = state["row"] + self.rank
+        if state["source"] != self.source.name:
+            raise UsageError(
+                f"the checkpoint was reading {state['source']}, this run reads {self.source.name}: "
+                "give the same data and seed, another --run, or --no-resume to start again"
+            )
+        self.base, self.taken = state["row"], 0
         for lane in self.lanes.values():
             saved = state["lanes"][str(lane.number)]
             lane.next, lane.arrivals = (*saved["next"],), saved["arrivals"]
             lane.pending = deque(part(saved["pending"]))
             arrived = [int(n) for n in np.asarray(saved["arrived"])]
-            lane.buffer = sorted(
-                ((len(p.inputs), n, p) for n, p in zip(arrived, part(saved["buffer"]))), key=lambda item: item[:2]
-            )
+            waiting = (Waiting(e, len(p.inputs), n, p) for n, (e, p) in zip(arrived, part(saved["buffer"])))
+            lane.buffer = sorted(waiting, key=lambda item: item[:3])
         self.report = Report(**state["report"])
-        self.reader, self.ended = None, False
+        self.reader = None
 
 
-def join(pieces: list[Piece]) -> dict[str, np.ndarray]:
-    """Many pieces as three arrays, as a checkpoint can hold them."""
+def join(pieces: Collection[tuple[int, Piece]]) -> dict[str, np.ndarray]:
+    """Many (epoch, piece) as four arrays, as a checkpoint can hold them."""
     empty = np.zeros(0, dtype=np.int32)
     return {
-        "sizes": np.array([len(p.inputs) for p in pieces], dtype=np.int32),
-        "inputs": np.concatenate([p.inputs for p in pieces]) if pieces else empty,
-        "targets": np.concatenate([p.targets for p in pieces]) if pieces else empty,
+        "epochs": np.array([epoch for epoch, _ in pieces], dtype=np.int32),
+        "sizes": np.array([len(p.inputs) for _, p in pieces], dtype=np.int32),
+        "inputs": np.concatenate([p.inputs for _, p in pieces]) if pieces else empty,
+        "targets": np.concatenate([p.targets for _, p in pieces]) if pieces else empty,
     }
 
 
-def part(arrays: dict[str, Any]) -> list[Piece]:
+def part(arrays: dict[str, Any]) -> list[tuple[int, Piece]]:
     """The inverse of `join`."""
     ends = np.cumsum(np.asarray(arrays["sizes"], dtype=np.int64))[:-1]
+    epochs = np.asarray(arrays["epochs"]).tolist()
     inputs = np.split(np.asarray(arrays["inputs"], dtype=np.int32), ends)
     targets = np.split(np.asarray(arrays["targets"], dtype=np.int32), ends)
-    return [Piece(a, b) for a, b in zip(inputs, targets) if len(a)]
+    return [(epoch, Piece(a, b)) for epoch, a, b in zip(epochs, inputs, targets)]
 
 
-Made = Union[tuple[Batch, Cursor], BaseException, None]
+Made: TypeAlias = "tuple[Batch, Cursor] | BaseException | None"
 
 
 class Background:
-    """Makes batches in a thread, a few ahead. `cursor` is the cursor behind the batch taken last, whatever was made ahead."""
+    """Makes batches in a thread, a few ahead. `cursor` stands behind the batch taken last, whatever was made ahead."""
 
     def __init__(self, packer: Packer, n_rows: int, ahead: int = 4) -> None:
         self.packer, self.n_rows = packer, n_rows
@@ -338,9 +385,10 @@ class Background:
 
     def __next__(self) -> Batch:
         item = self.ready.get()
-        if item is None:
-            raise StopIteration
-        if isinstance(item, BaseException):
+        if not isinstance(item, tuple):  # the thread has ended: say so again to whoever asks again
+            self.ready.put(item)
+            if item is None:
+                raise StopIteration
             raise item
         batch, self.cursor = item
         return batch

@@ -8,8 +8,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from nanochat.data.batches import IGNORED, Background, Batch, Packer, Piece, Source
+from nanochat.data.batches import IGNORED, Background, Batch, Packer, Piece, Report, Source
 from nanochat.data.corpus import Corpus
+from nanochat.errors import UsageError
 from nanochat.evaluation.language import Losses, bits_per_byte
 from nanochat.model.lm import LM
 from nanochat.runtime import Runtime
@@ -52,7 +53,7 @@ class ChatSource:
 
     def __init__(self, task: Task, tokenizer: Tokenizer, max_tokens: int, seed: int, shuffle: bool = True) -> None:
         self.task, self.tokenizer, self.max_tokens, self.seed, self.shuffle = task, tokenizer, max_tokens, seed, shuffle
-        self.name = task.name
+        self.name = f"{task.name} ({len(task):,} conversations, order {seed})"
         self.dropped_turns = 0
 
     def read(self, epoch: int, start: int) -> Iterator[dict[str, Any]]:
@@ -155,8 +156,16 @@ class PackedStage:
         return {"cursors": cursors, "taken": dict(self.taken)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises UsageError when the state was taken from other sources."""
+        if set(state["cursors"]) != set(self.packers):
+            raise UsageError(
+                f"the checkpoint was trained on {' and '.join(state['cursors'])}, this run on {' and '.join(self.packers)}: "
+                "give the same data and tasks, another --run, or --no-resume to start again"
+            )
         for name, cursor in state["cursors"].items():
             self.packers[name].load_state_dict(cursor)
+            if self.runtime.rank:  # a checkpoint counts for all ranks; rank 0 goes on counting from there
+                self.packers[name].report = Report()
         self.taken = dict(state["taken"])
 
     def report(self) -> dict[str, float]:
@@ -171,8 +180,10 @@ class PackedStage:
         return found
 
     def close(self) -> None:
-        for thread in self.threads.values():
+        """Stop the threads; the packers go back to the last batch that was taken."""
+        for name, thread in self.threads.items():
             thread.close()
+            self.packers[name].load_state_dict(thread.state_dict())
         self.threads = {}
 
 
