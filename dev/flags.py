@@ -1,0 +1,86 @@
+"""Writes the tables of flags in docs/configuration.md from the settings classes: python dev/flags.py
+
+A field's default and the docstring below it are the only source; tests/test_docs.py fails when the page is behind them.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from dataclasses import MISSING, fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from nanochat.model.config import ModelConfig
+
+PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
+BEGIN, END = "<!-- flags: written by dev/flags.py -->\n", "<!-- end of flags -->\n"
+
+TABLES = [  # heading, class
+    ("tok_train", "nanochat.training.commands:TokenizerSettings"),
+    ("base_train, mid_train and chat_sft", "nanochat.training.settings:TrainSettings"),
+    ("base_train also", "nanochat.training.settings:BaseSettings"),
+    ("mid_train also", "nanochat.training.settings:MidSettings"),
+    ("chat_sft also", "nanochat.training.settings:SFTSettings"),
+    ("base_eval and chat_eval", "nanochat.evaluation.commands:EvalSettings"),
+    ("base_eval also", "nanochat.evaluation.commands:BaseEvalSettings"),
+    ("chat_eval also", "nanochat.evaluation.commands:ChatEvalSettings"),
+    ("chat_cli", "nanochat.terminal:ChatSettings"),
+    ("export_tokenizer", "nanochat.export:ExportTokenizerSettings"),
+    ("doctor", "nanochat.doctor:DoctorSettings"),
+]
+
+
+def settings_class(place: str) -> type:
+    """The class at `module:name`."""
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
+
+
+def own_fields(config_class: type) -> dict[str, str]:
+    """The fields that the class itself states (again), with their docstrings on one line."""
+    body = ast.parse(inspect.getsource(config_class)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    found: dict[str, str] = {}
+    for node, after in zip(body.body, [*body.body[1:], None]):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            found[node.target.id] = " ".join(str(after.value.value).split()) if is_text else ""  # type: ignore[union-attr]
+    return found
+
+
+def show(value: Any) -> str:
+    """A default as one would type it."""
+    if value is None or value == "" or value == ():
+        return ""
+    return f"`{' '.join(value) if isinstance(value, tuple) else str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def table(config_class: type) -> str:
+    """A Markdown table: flag, default, meaning."""
+    known = {field.name: field for field in fields(config_class)}  # type: ignore[arg-type]
+    lines = ["| flag | default | meaning |", "| --- | --- | --- |"]
+    for name, text in own_fields(config_class).items():
+        field = known[name]
+        default = field.default if field.default is not MISSING else field.default_factory()  # type: ignore[misc]
+        if default is None:  # an architecture option: the model's own default, 0 where it follows from the depth
+            default = getattr(ModelConfig, name, None) or None
+        lines.append(f"| `--{name}` | {show(default)} | {text} |".replace("  ", " "))
+    return "\n".join(lines) + "\n"
+
+
+def tables() -> str:
+    """All tables, with headings."""
+    return "\n".join(f"### {heading}\n\n{table(settings_class(place))}" for heading, place in TABLES)
+
+
+def written(page: str) -> str:
+    """The page with its tables renewed."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{tables()}\n{END}{after}"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
