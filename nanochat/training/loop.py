@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import signal
 import sys
 import threading
@@ -339,5 +338,4 @@ class Trainer:
         p.step, p.seconds, p.tokens, p.smooth_loss = saved.step, state["seconds"], state["tokens"], state["smooth_loss"]
         p.metrics = dict(saved.meta["metrics"])
         log.info("resuming from %s", newest)
-        if os.environ.get("NANOCHAT_VERBOSE"):
-            log.info("cursor: %s", {k: v for k, v in state["cursor"].items() if k == "taken"})
+        log.debug("cursor: %s", {k: v for k, v in state["cursor"].items() if k == "taken"})
