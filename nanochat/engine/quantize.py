@@ -39,6 +39,8 @@ def prepare(model: LM, weights: str) -> LM:
     """
     if weights not in FORMATS:
         raise UsageError(f"--quantize {weights}: expected one of {', '.join(FORMATS)}")
+    if any(isinstance(module, PackedLinear) for module in model.modules()):
+        raise UsageError("the model's weights are packed already; load it again to change their format")
     if weights == "fp32":
         return model
     if weights == "int8" and not (model.device.type == "cpu" and has_fbgemm()):

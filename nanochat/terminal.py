@@ -1,0 +1,208 @@
+"""`nanochat chat_cli`: one answer with `-p`, or a conversation at the prompt."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+import time
+from collections.abc import Generator
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from nanochat import config
+from nanochat.chat import ChatModel, load
+from nanochat.engine.generate import Completion
+from nanochat.engine.sampling import Sampling
+from nanochat.errors import NanochatError, UsageError
+
+HELP = """\
+/new                start a new conversation
+/retry              another answer to the last message
+/system TEXT        start a new conversation with this system message
+/temp 0.5           change a sampling option: /temp, /top_k, /top_p, /min_p, /seed, /max_tokens (no value: show them)
+/help  /quit        Ctrl-C stops an answer, Ctrl-D leaves"""
+
+
+@dataclass(frozen=True)
+class ChatSettings:
+    """Talk to a trained model in the terminal. -p PROMPT prints one answer."""
+
+    prompt: str | None = None
+    """answer this and leave; -p for short"""
+    source: str = "sft"
+    """stage (base, mid, sft), or path of a checkpoint, stage or run directory"""
+    run: str | None = None
+    """name of the run (default: the one that wrote this stage last)"""
+    out_dir: str | None = None
+    """directory of all runs (default: $NANOCHAT_OUT, or out)"""
+    mode: Literal["auto", "chat", "text"] = "auto"
+    """chat: answer as the assistant; text: continue the text; auto: text for a base model, chat for the others"""
+    system: str = ""
+    """system message"""
+    max_tokens: int = 256
+    """longest answer"""
+    temperature: float = 0.8
+    """0: always the most likely token"""
+    top_k: int = 0
+    """keep the k most likely tokens (0: all)"""
+    top_p: float = 1.0
+    """keep the most likely tokens that together have this probability"""
+    min_p: float = 0.0
+    """drop tokens less likely than min_p times the most likely one"""
+    seed: int | None = None
+    """for answers that repeat (default: different each time)"""
+    stop: tuple[str, ...] = ()
+    """the answer ends before any of these texts"""
+    quantize: Literal["fp32", "bf16", "int8"] | None = None
+    """weights in fewer bytes, for speed"""
+    device: str = "auto"
+    """auto, cpu, mps, cuda or cuda:N"""
+    dtype: str = "auto"
+    """auto, float32, bfloat16 or float16"""
+
+    def sampling(self) -> Sampling:
+        return Sampling(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Sampling)})
+
+
+def chat_cli(argv: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else argv
+    long = ["--prompt" if a == "-p" else f"--prompt={a[3:]}" if a.startswith("-p=") else a for a in arguments]
+    settings = config.parse(ChatSettings, long, prog="nanochat chat_cli")
+    sampling = settings.sampling()
+    chat = load(settings.source, settings.run, settings.out_dir, settings.device, settings.dtype, settings.quantize)
+    as_text = settings.mode == "text" or (settings.mode == "auto" and chat.stage == "base")
+    session = Session(chat, sampling, as_text, settings.system)
+    if settings.prompt is not None:
+        return session.answer(settings.prompt)
+    session.loop()
+    return 0
+
+
+@dataclass
+class Session:
+    """One conversation at the terminal."""
+
+    chat: ChatModel
+    sampling: Sampling
+    as_text: bool = False
+    system: str = ""
+    messages: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.new()
+
+    def new(self) -> None:
+        self.messages = [{"role": "system", "content": self.system}] if self.system else []
+
+    def answer(self, text: str) -> int:
+        """Stream the answer to stdout and its speed to stderr, and remember both turns. Ctrl-C keeps what there is.
+
+        Returns 0, or 130 when it was stopped.
+        """
+        options = dataclasses.asdict(self.sampling)
+        if self.as_text:
+            pieces = self.chat.stream(text, **options)
+        else:
+            self.messages.append({"role": "user", "content": text})
+            pieces = self.chat.stream_chat(self.messages, **options)
+        try:
+            said, stopped = _show(pieces)
+        except NanochatError:
+            if not self.as_text:
+                self.messages.pop()
+            raise
+        if not self.as_text:
+            self.messages.append({"role": "assistant", "content": said})
+        return 130 if stopped else 0
+
+    def retry(self) -> None:
+        if len(self.messages) < 2 or self.messages[-1]["role"] != "assistant":
+            print("there is no answer to try again")
+            return
+        del self.messages[-1]
+        self.answer(self.messages.pop()["content"])
+
+    def loop(self) -> None:
+        if sys.stdin.isatty():
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401 (gives input() its history and editing)
+        what = "continue a text" if self.as_text else "chat"
+        print(f"{self.chat.path}: {what}. /help lists the commands.", file=sys.stderr)
+        while True:
+            try:
+                text = input("> ").strip()
+            except EOFError:
+                print()
+                return
+            except KeyboardInterrupt:
+                print("\n(/quit or Ctrl-D leaves)")
+                continue
+            if text in ("/quit", "/exit", "/q"):
+                return
+            try:
+                if text.startswith("/"):
+                    self.command(text)
+                elif text:
+                    self.answer(text)
+            except NanochatError as error:
+                print(f"error: {error}", file=sys.stderr)
+
+    def command(self, line: str) -> None:
+        name, _, value = line[1:].partition(" ")
+        value = value.strip()
+        if name == "help":
+            print(HELP)
+        elif name == "new":
+            self.new()
+        elif name == "retry":
+            self.retry()
+        elif name == "system":
+            self.system = value
+            self.new()
+        else:
+            self.change(name, value)
+
+    def change(self, name: str, value: str) -> None:
+        """Set a sampling option, given by the beginning of its name. Raises UsageError."""
+        options = {"max_tokens": int, "temperature": float, "top_k": int, "top_p": float, "min_p": float, "seed": int}
+        found = [option for option in options if option.startswith(name)]
+        if len(found) != 1:
+            raise UsageError(f"unknown command /{name}; /help lists the commands")
+        if not value:
+            print(", ".join(f"{option} {getattr(self.sampling, option)}" for option in options))
+            return
+        try:
+            self.sampling = replace(self.sampling, **{found[0]: options[found[0]](value)})
+        except ValueError:
+            raise UsageError(f"/{name} {value}: expected a number") from None
+
+
+def _show(pieces: Generator[str, None, Completion]) -> tuple[str, bool]:
+    """Print pieces as they come; the whole text, and whether Ctrl-C stopped it."""
+    began = time.perf_counter()
+    first = 0.0
+    said: list[str] = []
+    completion: Completion | None = None
+    stopped = False
+    try:
+        while True:
+            piece = next(pieces)
+            first = first or time.perf_counter() - began
+            said.append(piece)
+            print(piece, end="", flush=True)
+    except StopIteration as end:
+        completion = end.value
+    except KeyboardInterrupt:
+        stopped = True
+        pieces.close()
+    print(flush=True)
+    seconds = time.perf_counter() - began
+    if completion is not None:
+        n = len(completion.ids)
+        why = ", cut at max_tokens or the end of the context" if completion.finish_reason == "length" else ""
+        rate = f", {(n - 1) / (seconds - first):.1f} tok/s" if n > 1 and seconds > first else ""
+        print(f"[{n} tokens, first after {first:.2f} s{rate}{why}]", file=sys.stderr)
+    elif stopped:
+        print("[stopped]", file=sys.stderr)
+    return "".join(said), stopped
