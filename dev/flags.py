@@ -54,7 +54,9 @@ def show(value: Any) -> str:
     """A default as one would type it."""
     if value is None or value == "" or value == ():
         return ""
-    return f"`{' '.join(value) if isinstance(value, tuple) else str(value).lower() if isinstance(value, bool) else value}`"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    return f"`{' '.join(value) if isinstance(value, tuple) else value}`"
 
 
 def table(config_class: type) -> str:

@@ -11,7 +11,7 @@ from nanochat.model.config import expand_pattern, named_patterns
 from nanochat.tasks.registry import TASKS
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "dev").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("dev/*.md"))]
 CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text()
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
@@ -30,7 +30,8 @@ def cells(text: str, heading: str) -> list[list[str]]:
     """The rows of the tables below a heading, without their head."""
     section = text.split(f"\n{heading}\n", 1)[1]
     section = re.split(r"\n#+ ", section)[0]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("|")]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return [row for row in rows[2:] if not set("".join(row)) <= set("- ")]
 
 
@@ -106,8 +107,9 @@ def messages() -> str:
 def test_quoted_symptoms_are_real_messages() -> None:
     text = messages()
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
-    symptoms = [row[0] for heading in ("Installation", "Data", "Training", "Chat", "Configuration") for row in cells(page, f"## {heading}")]
-    quoted = [quote for symptom in symptoms for quote in re.findall(r"`([^`]+)`", symptom) if " " in quote and not quote.startswith("--dtype")]
+    headings = ("Installation", "Data", "Training", "Chat", "Configuration")
+    symptoms = "\n".join(row[0] for heading in headings for row in cells(page, f"## {heading}"))
+    quoted = [quote for quote in re.findall(r"`([^`\n]+)`", symptoms) if " " in quote and not quote.startswith("--dtype")]
     assert len(quoted) > 30
     missing = [quote for quote in quoted for part in quote.split("…") if part.strip() not in text]
     assert missing == []

@@ -1,4 +1,5 @@
-"""For a card with 32 GB and a model of depth 20: `nanochat base_train configs/transformer_d20.py configs/gpu/32gb_d20.py`.
+"""For a card with 32 GB and a model of depth 20:
+`nanochat base_train configs/transformer_d20.py configs/gpu/32gb_d20.py`.
 
 Predicted from a memory formula for a Transformer at 2048 tokens, not measured. Blocks with Mamba may keep more:
 halve device_batch_size when memory runs out; total_batch_size, and so the training, stays as it is.

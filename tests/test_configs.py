@@ -1,0 +1,106 @@
+"""Every shipped config builds exactly the blocks that its name says; every stage takes it; the tiny ones train."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanochat import config
+from nanochat.model.attention import Attention
+from nanochat.model.config import ModelConfig
+from nanochat.model.lm import LM
+from nanochat.model.mamba import Mamba
+from nanochat.model.mamba2 import Mamba2
+from nanochat.runtime import Runtime
+from nanochat.training.commands import TokenizerSettings, horizon, train_base, train_tokenizer
+from nanochat.training.settings import BaseSettings, MidSettings, SFTSettings
+
+ROOT = Path(__file__).parents[1]
+T, M, M2 = Attention, Mamba, Mamba2
+BLOCKS = {
+    "transformer_d12": [T] * 12,
+    "transformer_d20": [T] * 20,
+    "mamba_d12": [M] * 12,
+    "mamba_d20": [M] * 20,
+    "mamba2_d12": [M2] * 12,
+    "mamba2_d20": [M2] * 20,
+    "hybrid_early_t_late_m_d12": [T] * 6 + [M] * 6,
+    "hybrid_early_t_late_m_d20": [T] * 10 + [M] * 10,
+    "hybrid_alternating_d12": [M2, T] * 6,
+    "hybrid_alternating_d20": [M2, T] * 10,
+    "hybrid_1in4_d12": [M2, M2, M2, T] * 3,
+    "hybrid_1in4_d20": [M2, M2, M2, T] * 5,
+    "hybrid_1in8_d12": [*[M2] * 7, T, *[M2] * 4],
+    "hybrid_1in8_d20": [*[M2] * 7, T, *[M2] * 7, T, *[M2] * 4],
+    "tiny_transformer": [T] * 4,
+    "tiny_mamba": [M] * 4,
+    "tiny_mamba2": [M2] * 4,
+    "tiny_hybrid": [M2, M2, M2, T],
+}
+WIDTH = {"d12": 768, "d20": 1280, "tiny": 64}
+GPU = sorted((ROOT / "configs" / "gpu").glob("*.py"))
+WORLD = "world:seed=0,known=10,wordings=4"
+
+
+def path_of(name: str) -> str:
+    return str(ROOT / "configs" / f"{name}.py")
+
+
+def test_the_table_names_every_config() -> None:
+    assert {path.stem for path in (ROOT / "configs").glob("*.py")} == set(BLOCKS)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_builds_the_blocks_it_names(name: str) -> None:
+    settings = config.parse(BaseSettings, [path_of(name)])
+    settings.check()
+    with torch.device("meta"):
+        model = LM(ModelConfig(vocab_size=1000, **settings.model_options()).resolved())
+    assert [type(block.mixer) for block in model.blocks] == BLOCKS[name]
+    assert model.config.d_model == next(width for key, width in WIDTH.items() if key in name)
+    assert model.config.sequence_len == (128 if name.startswith("tiny") else 2048)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_every_stage_takes_it_and_flags_win(name: str) -> None:
+    for stage in (BaseSettings, MidSettings, SFTSettings):
+        settings = config.parse(stage, [path_of(name), "--device_batch_size=2"])
+        assert settings.device_batch_size == 2
+        assert settings.total_batch_size == (0 if name.startswith("tiny") else 524288)
+        assert horizon(replace(settings, num_iterations=1), 0, settings.sequence_len or 0, cpu(world_size=2))[1] >= 1
+
+
+@pytest.mark.parametrize("path", GPU, ids=[path.stem for path in GPU])
+def test_cards_change_rows_and_memory_only(path: Path) -> None:
+    card, depth = path.stem.split("_")
+    assert card in ("12gb", "16gb", "24gb", "32gb", "80gb")
+    alone = config.parse(BaseSettings, [path_of(f"transformer_{depth}")])
+    both = config.parse(BaseSettings, [path_of(f"transformer_{depth}"), str(path)])
+    same = {"device_batch_size": alone.device_batch_size, "checkpointing": alone.checkpointing}
+    assert replace(both, **same) == alone
+    for world_size in (1, 2, 8):
+        _, n_micro = horizon(replace(both, num_iterations=1), 0, 2048, cpu(world_size))
+        assert n_micro * both.device_batch_size * 2048 * world_size == both.total_batch_size == 524288
+
+
+def cpu(world_size: int = 1) -> Runtime:
+    return Runtime(torch.device("cpu"), torch.float32, world_size=world_size)
+
+
+@pytest.fixture(scope="module")
+def out_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs that have a tokenizer, one for each tiny config."""
+    out = tmp_path_factory.mktemp("out")
+    for name in BLOCKS:
+        if name.startswith("tiny"):
+            train_tokenizer(TokenizerSettings(run=name, out_dir=str(out), data=WORLD, vocab_size=400))
+    return out
+
+
+@pytest.mark.parametrize("name", [name for name in BLOCKS if name.startswith("tiny")])
+def test_tiny_ones_train(name: str, out_dir: Path) -> None:
+    flags = ["--run", name, "--out_dir", str(out_dir), "--data", WORLD, "--num_iterations=2", "--eval_tokens=512"]
+    metrics = train_base(config.parse(BaseSettings, [path_of(name), *flags, "--device=cpu", "--dtype=float32"]))
+    assert 0 < metrics["train_loss"] < 7
+    assert (out_dir / name / "base" / "step_000002" / "meta.json").exists()
