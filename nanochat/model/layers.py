@@ -28,6 +28,9 @@ class Linear(nn.Linear):
         super().__init__(n_in, n_out, bias=False)
         self.splits = tuple(splits)
 
+    def reset_parameters(self) -> None:
+        """`LM.build` writes every weight once; torch's own init would, on the meta device, import torch._dynamo (1.4 s)."""
+
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight.to(input.dtype))
 
@@ -39,6 +42,13 @@ class Linear(nn.Linear):
     def init_zero(self) -> None:
         """A block whose last matrix is zero starts as the identity (ReZero, arXiv 2003.04887)."""
         self.weight.zero_()
+
+
+class Embedding(nn.Embedding):
+    """A table that `LM.build` fills, as it does every weight."""
+
+    def reset_parameters(self) -> None:
+        """Nothing: see `Linear`."""
 
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:

@@ -17,7 +17,7 @@ from nanochat.kernels.linear import linear
 from nanochat.kernels.loss import linear_cross_entropy, linear_nll
 from nanochat.model.attention import Attention
 from nanochat.model.config import ModelConfig
-from nanochat.model.layers import MLP, Linear, Ragged, rms_norm
+from nanochat.model.layers import MLP, Embedding, Linear, Ragged, rms_norm
 from nanochat.model.mamba import Mamba
 from nanochat.model.mamba2 import Mamba2
 from nanochat.model.mixer import Mixer, State
@@ -53,12 +53,12 @@ class LM(nn.Module):
         self.config = config
         self.checkpointing = False  # recompute each block in the backward pass: less memory, about a quarter slower
         self.compute_dtype = torch.float32
-        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.embed = Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList([Block(config, layer) for layer in range(config.depth)])
         self.head = None if config.tie_embeddings else Linear(config.d_model, config.vocab_size)
         self.value_layers = self._value_layers()
         width = config.n_kv_head * config.head_dim
-        self.values = nn.ModuleDict({str(i): nn.Embedding(config.vocab_size, width) for i in self.value_layers})
+        self.values = nn.ModuleDict({str(i): Embedding(config.vocab_size, width) for i in self.value_layers})
         if config.x0_residual:
             self.stream_scale = nn.Parameter(torch.empty(config.depth))
             self.x0_scale = nn.Parameter(torch.empty(config.depth))
