@@ -1,4 +1,4 @@
-"""Talk to a trained model: `load` for Python, `main` for the terminal (`nanochat chat_cli`).
+"""Talk to a trained model from Python; `nanochat.terminal` does it at the prompt.
 
     chat = nanochat.load("sft")
     chat.chat("Who built the bridge of Orvane?")
@@ -116,10 +116,3 @@ def make_sampling(options: dict[str, Any]) -> Sampling:
             hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(known)}"
             raise UsageError(f"unknown sampling option {name!r}; {hint}")
     return Sampling(**options)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command `nanochat chat_cli`."""
-    from nanochat.terminal import chat_cli
-
-    return chat_cli(argv)

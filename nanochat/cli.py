@@ -18,7 +18,7 @@ from nanochat.errors import NanochatError, UsageError
 # name -> (module:function, what it does). The function takes `argv: list[str] | None`.
 COMMANDS: dict[str, tuple[str, str]] = {
     "quickstart": ("nanochat.pipeline:quickstart", "all in a row: tokenizer, base, mid, SFT, evaluation, report"),
-    "chat_cli": ("nanochat.chat:main", "talk to a model in the terminal (-p PROMPT for one answer)"),
+    "chat_cli": ("nanochat.terminal:chat_cli", "talk to a model in the terminal (-p PROMPT for one answer)"),
     "tok_train": ("nanochat.training.commands:tok_train", "train a tokenizer"),
     "base_train": ("nanochat.training.commands:base_train", "pretrain on raw text"),
     "mid_train": ("nanochat.training.commands:mid_train", "go on with text and conversations mixed"),

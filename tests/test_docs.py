@@ -109,7 +109,7 @@ def test_quoted_symptoms_are_real_messages() -> None:
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
     headings = ("Installation", "Data", "Training", "Chat", "Configuration")
     symptoms = "\n".join(row[0] for heading in headings for row in cells(page, f"## {heading}"))
-    quoted = [quote for quote in re.findall(r"`([^`\n]+)`", symptoms) if " " in quote and not quote.startswith("--dtype")]
+    quoted = [q for q in re.findall(r"`([^`\n]+)`", symptoms) if " " in q and not q.startswith("--dtype")]
     assert len(quoted) > 30
     missing = [quote for quote in quoted for part in quote.split("…") if part.strip() not in text]
     assert missing == []
