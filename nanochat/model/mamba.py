@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nanochat.kernels.conv import causal_conv, causal_conv_step
 from nanochat.kernels.scan import selective_scan, selective_scan_step
+from nanochat.kernels.segments import state_dtype
 from nanochat.model.config import ModelConfig
 from nanochat.model.layers import Linear, Ragged, rms_norm
 from nanochat.model.mixer import Mixer, State
@@ -75,14 +76,14 @@ class Mamba(Mixer):
 
     def init_state(self, batch: int, max_len: int, device: torch.device, dtype: torch.dtype) -> SSMState:
         conv = torch.zeros(batch, self.K - 1, self.E, device=device, dtype=dtype)
-        return SSMState(conv, torch.zeros(batch, self.E, self.N, device=device, dtype=torch.float32))
+        return SSMState(conv, torch.zeros(batch, self.E, self.N, device=device, dtype=state_dtype(dtype)))
 
     def maps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The token's step size (fp32, after softplus), input map B and output map C from its inner activations."""
         dt, B, C = self.x_proj(x).split((self.R, self.N, self.N), dim=-1)
         if self.norm:
             dt, B, C = rms_norm(dt, self.eps), rms_norm(B, self.eps), rms_norm(C, self.eps)
-        delta = F.softplus(self.dt_proj(dt).float() + self.dt_bias)
+        delta = F.softplus(self.dt_proj(dt).to(state_dtype(dt.dtype)) + self.dt_bias)
         return delta, B, C
 
     def forward(
@@ -94,7 +95,7 @@ class Mamba(Mixer):
         value_BTC: Tensor | None = None,
     ) -> Tensor:
         x, z = self.in_proj(x_BTD).chunk(2, dim=-1)
-        A = -torch.exp(self.A_log.float())
+        A = -torch.exp(self.A_log.to(state_dtype(x_BTD.dtype)))
         if state is None:
             x, _ = causal_conv(x, self.conv_weight, self.conv_bias, segments_BT=segments_BT)
             delta, B, C = self.maps(x)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.kernels.conv import causal_conv, causal_conv_step
+from nanochat.kernels.segments import state_dtype
 from nanochat.kernels.ssd import ssd, ssd_step
 from nanochat.model.config import ModelConfig
 from nanochat.model.layers import Linear, Ragged, rms_norm
@@ -45,7 +46,7 @@ class Mamba2(Mixer):
 
     def init_state(self, batch: int, max_len: int, device: torch.device, dtype: torch.dtype) -> SSMState:
         conv = torch.zeros(batch, self.K - 1, self.n_conv, device=device, dtype=dtype)
-        return SSMState(conv, torch.zeros(batch, self.H, self.P, self.N, device=device, dtype=torch.float32))
+        return SSMState(conv, torch.zeros(batch, self.H, self.P, self.N, device=device, dtype=state_dtype(dtype)))
 
     def split(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(…, E + 2GN) to x (…, H, P), B and C (…, G, N)."""
@@ -61,8 +62,8 @@ class Mamba2(Mixer):
         value_BTC: Tensor | None = None,
     ) -> Tensor:
         z, xBC, dt = self.in_proj(x_BTD).split((self.E, self.n_conv, self.H), dim=-1)
-        dt = F.softplus(dt.float() + self.dt_bias)
-        A = -torch.exp(self.A_log.float())
+        dt = F.softplus(dt.to(state_dtype(dt.dtype)) + self.dt_bias)
+        A = -torch.exp(self.A_log.to(state_dtype(x_BTD.dtype)))
         if state is None:
             xBC, _ = causal_conv(xBC, self.conv_weight, self.conv_bias, segments_BT=segments_BT)
             y, _ = ssd(*self.arguments(xBC, dt, A), segments_BT=segments_BT)
