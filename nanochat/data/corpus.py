@@ -288,7 +288,7 @@ def _readable(path: Path) -> Path:
 
 def _open_shards(directory: Path, on_error: str) -> Corpus:
     if not directory.is_dir():
-        raise UsageError(f"{directory}: no shards there; fetch some with: python -m nanochat.data.download -n 8")
+        raise UsageError(f"{directory}: no shards there; fetch some with: nanochat download -n 8")
     shards = ShardCorpus(directory, on_error)
     if shards.complete:
         return shards

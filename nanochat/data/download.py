@@ -1,6 +1,6 @@
 """Files from the network: parallel, resumed where they stopped, checked, renamed into place when complete.
 
-`python -m nanochat.data.download -n 8` fetches the public pretraining shards (ClimbMix, 400B tokens in 6543 shards, the
+`nanochat download -n 8` fetches the public pretraining shards (ClimbMix, 400B tokens in 6543 shards, the
 set that karpathy/nanochat trains on) and the one that validation uses. `NANOCHAT_DATA_URL` names another place of the
 same layout, `NANOCHAT_DATA` the directory (~/.cache/nanochat).
 """
@@ -281,7 +281,7 @@ def _fetch_all(
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     about = (__doc__ or "").split("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m nanochat.data.download", description=about)
+    parser = argparse.ArgumentParser(prog="nanochat download", description=about)
     parser.add_argument("-n", type=int, default=8, help="training shards, about 100 MB each (default 8)")
     parser.add_argument("--dir", type=Path, help="where to (default $NANOCHAT_DATA/climbmix)")
     parser.add_argument("--url", help="base address (default $NANOCHAT_DATA_URL, else the public one)")
@@ -294,7 +294,7 @@ def main(arguments: list[str] | None = None) -> int:
     except NanochatError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    print(f"{len(paths)} shards in {paths[0].parent}; train on them with --corpus climbmix:path={paths[0].parent}")
+    print(f"{len(paths)} shards in {paths[0].parent}; train on them with --data climbmix:path={paths[0].parent}")
     return 0
 
 
