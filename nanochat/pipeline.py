@@ -1,0 +1,237 @@
+"""The quickstart: tokenizer, base, mid, SFT, evaluation and report in a row, from the embedded tiny world.
+
+Every stage resumes by itself, so an interrupted quickstart goes on where it stopped. Nothing is fetched from a network.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nanochat import config, runtime
+from nanochat.checkpoint import latest, read_meta
+from nanochat.engine.load import load_checkpoint
+from nanochat.errors import NanochatError, UsageError
+from nanochat.evaluation.chat import TaskResult, evaluate
+from nanochat.evaluation.commands import BaseEvalSettings, evaluate_base
+from nanochat.evaluation.metrics import Metric, exact, table
+from nanochat.report import write_report
+from nanochat.runtime import log
+from nanochat.tasks.registry import open_task
+from nanochat.training.commands import TokenizerSettings, run_dir, train_base, train_mid, train_sft, train_tokenizer
+from nanochat.training.settings import BaseSettings, MidSettings, SFTSettings
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How large everything is. The CPU profile is made for two slow cores and a few minutes."""
+
+    known: int  # entities of the world that the pretraining text tells about
+    new: int  # entities that it does not
+    wordings: int  # documents an entity
+    vocab_size: int
+    depth: int
+    d_model: int
+    sequence_len: int
+    rows: int
+    base_steps: int
+    mid_steps: int
+    sft_steps: int
+
+
+PROFILES = {
+    "cpu": Profile(120, 1000, 40, 1024, 4, 128, 256, 8, 400, 400, 50),
+    "gpu": Profile(1000, 8000, 60, 2048, 6, 384, 512, 32, 1200, 1000, 100),
+}
+
+
+@dataclass(frozen=True)
+class QuickstartSettings:
+    """From nothing to a small model that chats about an invented world."""
+
+    run: str = "quickstart"
+    """name of the run: everything lies under OUT_DIR/RUN"""
+    out_dir: str | None = None
+    """directory of all runs (default: $NANOCHAT_OUT, or out)"""
+    pattern: str = "hybrid"
+    """blocks of the model: transformer, mamba, mamba2, hybrid, or letters such as MMMT"""
+    profile: str = "auto"
+    """cpu or gpu: how large world and model are (auto: by device)"""
+    seed: int = 0
+    """seed of initialisation and data order"""
+    world_seed: int = 0
+    """seed of the invented world"""
+    eval_seed: int = 0
+    """seed that draws the evaluation's questions and their wording"""
+    eval_questions: int = 400
+    """questions of each kind at most"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps"""
+    dtype: str = "auto"
+    """dtype of activations: auto, float32, bfloat16 or float16"""
+    scale: float = 1.0
+    """factor on the steps of every stage"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The settings of every stage, and the specs of what they read."""
+
+    tokenizer: TokenizerSettings
+    base: BaseSettings
+    mid: MidSettings
+    sft: SFTSettings
+    evaluation: dict[str, str]
+
+
+def plan(settings: QuickstartSettings) -> Plan:
+    """Everything the quickstart will do. Raises UsageError for an unknown profile or a scale that leaves no step."""
+    name = settings.profile
+    if name == "auto":
+        name = "gpu" if runtime.setup(settings.device, settings.dtype, settings.seed).device.type == "cuda" else "cpu"
+    if name not in PROFILES:
+        raise UsageError(f"--profile {settings.profile}: must be auto, {' or '.join(PROFILES)}")
+    if settings.scale <= 0:
+        raise UsageError(f"--scale {settings.scale}: must be above 0")
+    p = PROFILES[name]
+    world = f"seed={settings.world_seed},known={p.known},new={p.new}"
+    text = f"world:{world},wordings={p.wordings},dialogues=0.1"
+    tasks = (
+        f"world-qa:{world},split=known,part=train,wordings=4,style=sentence",
+        f"world-qa:{world},split=new,part=train,limit={17 * p.known}",
+        f"world-chat:{world},split=known,part=train,n={p.known},style=sentence",
+    )
+    where = {"run": settings.run, "out_dir": settings.out_dir}
+    common: dict[str, Any] = {
+        **where, "seed": settings.seed, "device": settings.device, "dtype": settings.dtype, "eval_tokens": 16384,
+        "device_batch_size": p.rows, "total_batch_size": p.rows * p.sequence_len, "save_every": 100, "eval_every": 100,
+        "sequence_len": p.sequence_len,
+    }  # fmt: skip
+
+    def steps(n: int) -> int:
+        return max(1, round(n * settings.scale))
+
+    return Plan(
+        TokenizerSettings(**where, data=text, vocab_size=p.vocab_size),
+        BaseSettings(
+            **common, data=text, depth=p.depth, d_model=p.d_model, pattern=settings.pattern,
+            num_iterations=steps(p.base_steps), warmdown=0.4,
+        ),
+        MidSettings(**common, data=text, data_share=0.5, tasks=tasks, num_iterations=steps(p.mid_steps)),
+        SFTSettings(**common, tasks=tasks, num_iterations=steps(p.sft_steps)),
+        {
+            "closed_book_known_em": f"world-qa:{world},split=known,part=heldout,style=sentence,draw={settings.eval_seed}",
+            "closed_book_new_abstain": f"world-qa:{world},split=new,part=heldout,draw={settings.eval_seed}",
+        },
+    )  # fmt: skip
+
+
+class Clock:
+    """Seconds spent on each part, summed over calls that were interrupted."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seconds: dict[str, float] = {}
+        if path.exists():
+            try:
+                self.seconds = json.loads(path.read_text())
+            except ValueError:
+                log.warning("%s is damaged: timings start again", path)
+
+    def time(self, name: str, work: Callable[[], Any]) -> Any:
+        began = time.perf_counter()
+        try:
+            return work()
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps(self.seconds))
+
+
+def run_quickstart(settings: QuickstartSettings) -> dict[str, Metric]:
+    """Do what is not done yet, write report.html and report.json, and return the metrics."""
+    todo = plan(settings)
+    directory = run_dir(todo.base)
+    remember(settings, directory)
+    clock = Clock(directory / "timings.json")
+    if not (directory / "tokenizer").exists():
+        clock.time("tokenizer", lambda: train_tokenizer(todo.tokenizer))
+    for name, train, stage in (("base", train_base, todo.base), ("mid", train_mid, todo.mid), ("sft", train_sft, todo.sft)):
+        if complete(directory / name):
+            log.info("%s: complete", name)
+        else:
+            clock.time(name, lambda train=train, stage=stage: train(stage))
+    metrics, samples = clock.time("evaluation", lambda: measure(settings, todo, directory))
+    metrics |= {
+        "train_seconds": exact(sum(clock.seconds.values())),
+        "tokens_per_second": exact(read_meta_of(directory / "base")["metrics"]["tokens_per_second"]),
+    }
+    found = {name: asdict(metric) for name, metric in metrics.items()}
+    write_report(directory, {"metrics": found, "samples": samples, "timings": clock.seconds, "settings": asdict(settings)})
+    return metrics
+
+
+def remember(settings: QuickstartSettings, directory: Path) -> None:
+    """One directory is one quickstart: other settings in it would continue a different model.
+
+    Raises UsageError naming what differs. What only concerns the evaluation may change.
+    """
+    path = directory / "quickstart.json"
+    if path.exists():
+        before = config.load(QuickstartSettings, path)
+        free = {"eval_seed", "eval_questions", "out_dir"}
+        changed = [k for k in config.differences(before, settings) if k not in free]
+        if changed:
+            shown = ", ".join(f"--{k} was {getattr(before, k)} and is {getattr(settings, k)}" for k in changed)
+            raise UsageError(f"{directory} holds another quickstart ({shown}): give another --run, or delete {directory}")
+    config.save(settings, path)
+
+
+def complete(stage_dir: Path) -> bool:
+    return latest(stage_dir) is not None and read_meta_of(stage_dir)["metrics"].get("final") == 1.0
+
+
+def read_meta_of(stage_dir: Path) -> dict[str, Any]:
+    path = latest(stage_dir)
+    if path is None:
+        raise NanochatError(f"{stage_dir} holds no checkpoint: run the quickstart again")
+    return read_meta(path)
+
+
+def measure(settings: QuickstartSettings, todo: Plan, directory: Path) -> tuple[dict[str, Metric], list[dict[str, Any]]]:
+    """Held-out questions to the SFT model, bits per byte of the base model."""
+    chat = load_checkpoint(str(directory / "sft"), device=settings.device, dtype=settings.dtype)
+    metrics, samples = {}, []
+    for name, spec in todo.evaluation.items():
+        result: TaskResult = evaluate(
+            chat.model, chat.tokenizer, open_task(spec), max_problems=settings.eval_questions, seed=settings.eval_seed,
+            n_samples=6, progress=True,
+        )  # fmt: skip
+        metrics[name] = result.accuracy
+        samples += result.samples
+    text = evaluate_base(
+        BaseEvalSettings(
+            source=str(directory / "base"), data=todo.base.data, eval_tokens=todo.base.eval_tokens,
+            seed=settings.eval_seed, device=settings.device, dtype=settings.dtype,
+        )
+    )  # fmt: skip
+    metrics["val_bpb"] = text["val_bpb"]
+    return metrics, samples
+
+
+def quickstart(argv: list[str] | None = None) -> None:
+    """The command `nanochat quickstart`."""
+    settings = config.parse(QuickstartSettings, argv, prog="nanochat quickstart")
+    try:
+        metrics = run_quickstart(replace(settings, out_dir=settings.out_dir or str(runtime.out_root())))
+    finally:
+        runtime.finish()
+    directory = Path(settings.out_dir or runtime.out_root()) / settings.run
+    runtime.print0(f"\n{table(metrics)}\n\nreport: {directory / 'report.html'}")
+    question = open_task(plan(settings).evaluation["closed_book_known_em"])[0]["messages"][0]["content"]
+    runtime.print0(f"talk to it: {Path(sys.prefix) / 'bin' / 'nanochat'} chat_cli --run {settings.run} -p {json.dumps(question)}")
