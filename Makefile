@@ -12,7 +12,7 @@ VENV ?= .venv
 PIP ?= $(VENV)/bin/python -m pip
 PIP_ARGS ?=
 ARGS ?=
-BENCHMARKS ?= $(patsubst benchmarks/%.py,%,$(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
+BENCHMARKS ?= $(basename $(notdir $(shell grep -l __main__ benchmarks/*.py)))
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 

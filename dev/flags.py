@@ -18,6 +18,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 BEGIN, END = "<!-- flags: written by dev/flags.py -->\n", "<!-- end of flags -->\n"
 
 TABLES = [  # heading, class
+    ("quickstart", "nanochat.pipeline:QuickstartSettings"),
     ("tok_train", "nanochat.training.commands:TokenizerSettings"),
     ("base_train, mid_train and chat_sft", "nanochat.training.settings:TrainSettings"),
     ("base_train also", "nanochat.training.settings:BaseSettings"),
@@ -27,6 +28,7 @@ TABLES = [  # heading, class
     ("base_eval also", "nanochat.evaluation.commands:BaseEvalSettings"),
     ("chat_eval also", "nanochat.evaluation.commands:ChatEvalSettings"),
     ("chat_cli", "nanochat.terminal:ChatSettings"),
+    ("report", "nanochat.report:ReportSettings"),
     ("export_tokenizer", "nanochat.export:ExportTokenizerSettings"),
     ("doctor", "nanochat.doctor:DoctorSettings"),
 ]
