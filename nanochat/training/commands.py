@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 from dataclasses import asdict, dataclass, fields, replace
@@ -83,8 +84,8 @@ def model_from(path: Path, tokenizer: Tokenizer, settings: TrainSettings, rt: Ru
     architecture = ModelConfig.from_dict(saved.meta["model_config"])
     check_architecture(architecture, settings, str(path))
     check_tokenizer(saved.meta, tokenizer, path)
-    if settings.sequence_len:
-        architecture = replace(architecture, sequence_len=settings.sequence_len)
+    if settings.sequence_len is not None:
+        architecture = replace(architecture, sequence_len=settings.sequence_len).resolved()
     with torch.device("meta"):
         model = LM(architecture)
     model.to_empty(device=rt.device)
@@ -116,8 +117,16 @@ def horizon(settings: TrainSettings, own_tokens: int, T: int, rt: Runtime) -> tu
     return max(1, math.ceil((settings.target_tokens or own_tokens) / total)), total // once
 
 
-def train_stage(name: str, settings: TrainSettings, stage: PackedStage, model: LM, tokenizer: Tokenizer, rt: Runtime, own_tokens: int) -> dict[str, float]:
-    """Lock the stage directory, write the resolved configuration, train, return the final metrics."""
+def train_stage(
+    name: str,
+    settings: TrainSettings,
+    stage: PackedStage,
+    model: LM,
+    tokenizer: Tokenizer,
+    rt: Runtime,
+    own_tokens: int,
+) -> dict[str, float]:
+    """Lock the stage directory, train, return the final metrics."""
     directory = run_dir(settings) / name
     n_steps, n_micro = horizon(settings, own_tokens, stage.T, rt)
     model.checkpointing = settings.checkpointing
@@ -129,13 +138,11 @@ def train_stage(name: str, settings: TrainSettings, stage: PackedStage, model: L
         f"{settings.max_minutes:g} minutes" if settings.max_minutes else f"{n_steps} steps",
         f"{n_micro * settings.device_batch_size * stage.T * rt.world_size:,}",
     )  # fmt: skip
-    if rt.rank:
-        return Trainer(stage, model, tokenizer, settings, rt, directory, n_steps, n_micro).run()
-    with checkpoint.lock(directory):
-        if not settings.resume:
+    with checkpoint.lock(directory) if rt.is_main else contextlib.nullcontext():
+        if rt.is_main and not settings.resume:
             for step in checkpoint.steps(directory):
                 shutil.rmtree(directory / f"step_{step:06d}")
-        config.save(settings, directory / "config.json")
+        runtime.barrier()  # no rank looks for a checkpoint before
         return Trainer(stage, model, tokenizer, settings, rt, directory, n_steps, n_micro).run()
 
 
@@ -230,7 +237,7 @@ def split_task(task: Task, every: int = 50) -> tuple[Task, Task]:
     val = list(range(0, n, every))
     held = set(val)
     return (
-        Part(task, [i for i in range(n) if i not in held], task.name),  # type: ignore[return-value]
+        Part(task, [i for i in range(n) if i not in held], task.name),
         Part(task, val, f"{task.name} (held back)"),
     )
 

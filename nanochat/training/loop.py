@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import signal
 import sys
 import threading
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nanochat import checkpoint
+from nanochat import checkpoint, config
 from nanochat.data.batches import IGNORED, Batch
 from nanochat.errors import NanochatError, UsageError
 from nanochat.model.lm import LM
@@ -54,27 +55,37 @@ class Log:
             return
         directory.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_log(self.path) if line["step"] <= step]  # a killed run logged past its checkpoint
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        with self.failures():
+            whole = self.path.with_name(".log.jsonl.new")  # killed meanwhile, the log is the old one or the new one
+            whole.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            os.replace(whole, self.path)
         if settings.wandb != "off":
             try:
                 import wandb
             except ImportError:
                 raise UsageError(f"--wandb {settings.wandb}: wandb is not installed; pip install 'nanochat[wandb]'") from None
-            self.run = wandb.init(
-                project="nanochat", name=f"{settings.run}-{directory.name}", mode=settings.wandb, dir=str(directory)
-            )
+            mode: Any = settings.wandb
+            name = f"{settings.run}-{directory.name}"
+            self.run = wandb.init(project="nanochat", name=name, mode=mode, dir=str(directory))
 
     def write(self, record: dict[str, Any]) -> None:
         if not self.active:
             return
-        with self.path.open("a") as file:
+        with self.failures(), self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         if self.run is not None:
             self.run.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
 
+    @contextlib.contextmanager
+    def failures(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise NanochatError(f"could not write {self.path}: {error}. Checkpoints are intact; free some space") from error
+
     def close(self) -> None:
         if self.run is not None:
-            self.run.finish(quiet=True)
+            self.run.finish()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -141,7 +152,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
         self.progress = Progress()
         self.loss_of = self.compiled()
-        self.bar: tqdm[None] | None = None
+        self.bar: tqdm[Any] | None = None
 
     def compiled(self) -> Any:
         """The function (batch) -> sum(weights * nll), compiled where that pays: on CUDA; on a CPU it costs a minute cold."""
@@ -152,10 +163,12 @@ class Trainer:
     def run(self) -> dict[str, float]:
         """Train to the end (or go on from the newest checkpoint) and return the final metrics."""
         self.resume()
+        if self.runtime.is_main:
+            config.save(self.settings, self.directory / "config.json")
         self.log = Log(self.directory, self.progress.step, self.settings, self.runtime.rank == 0)
         batches = self.stage.batches("train")
         quiet = self.runtime.rank != 0
-        self.bar = tqdm(
+        self.bar = bar = tqdm(
             total=self.n_steps or None, initial=self.progress.step, desc=self.directory.name, unit="step", disable=quiet, mininterval=0.5
         )
         try:
@@ -168,7 +181,7 @@ class Trainer:
             if not self.progress.metrics or self.progress.metrics.get("final") != 1.0:
                 self.finish()
         finally:
-            self.bar.close()
+            bar.close()
             self.stage.close()
             self.log.close()
         return self.progress.metrics
@@ -192,6 +205,7 @@ class Trainer:
     def step(self, batches: Any) -> None:
         """One optimizer step."""
         began = time.perf_counter()
+        self.progress.metrics.pop("final", None)  # of a run that was shorter
         s, share = self.settings, self.share()
         factor = learning_rate_factor(share, s.warmup, s.warmdown, s.final_lr)
         self.optimizers.schedule(factor, momentum_at(share, 0.95))
@@ -221,14 +235,15 @@ class Trainer:
     def update(self, micro: list[Batch]) -> float:
         """Reduce over ranks, clip, step both optimizers. Returns the norm of the gradient before clipping."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
+        reduce_gradients(parameters)  # first: an overflow on one rank is then one on all
         for optimizer in self.optimizers.all:
             self.scaler.unscale_(optimizer)
-        reduce_gradients(parameters)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip or float("inf")))
         if not math.isfinite(norm) and not self.scaler.is_enabled():
             self.stop_at(micro[0], 0, f"the gradient's norm is {norm}")
-        for optimizer in self.optimizers.all:
-            self.scaler.step(optimizer)
+        if math.isfinite(norm):  # else fp16 has overflowed: neither optimizer steps, and the scale falls
+            for optimizer in self.optimizers.all:
+                self.scaler.step(optimizer)
         self.scaler.update()
         self.optimizers.zero_grad()
         return norm
@@ -322,11 +337,7 @@ class Trainer:
         if newest is None:
             return
         saved = checkpoint.load(newest, files=("model", "optim"))
-        if saved.meta["n_steps"] != self.n_steps:
-            raise UsageError(
-                f"{newest} belongs to a run of {saved.meta['n_steps']} steps, this one has {self.n_steps}: "
-                "give the same settings, another --run, or --no-resume to start again"
-            )
+        self.check_same_run(newest, saved.meta)
         state = saved.state
         assert state is not None
         self.model.load_state_dict(saved.tensors["model"])
@@ -339,3 +350,14 @@ class Trainer:
         p.metrics = dict(saved.meta["metrics"])
         log.info("resuming from %s", newest)
         log.debug("cursor: %s", {k: v for k, v in state["cursor"].items() if k == "taken"})
+
+    def check_same_run(self, newest: Path, meta: dict[str, Any]) -> None:
+        """Raises UsageError that names what `newest` and this run do not have in common."""
+        there = {"steps": meta["n_steps"], "tokenizer": meta["tokenizer_hash"][:12], **meta["model_config"]}
+        here = {"steps": self.n_steps, "tokenizer": self.tokenizer.hash[:12], **self.model.config.to_dict()}
+        found = [f"{name} {a} there, {b} here" for name, (a, b) in config.differences(there, here).items()]
+        if found:
+            raise UsageError(
+                f"{newest} belongs to another run ({'; '.join(found)}): give the same settings, another --run, "
+                "or --no-resume to start again"
+            )

@@ -64,7 +64,7 @@ class Muon(torch.optim.Optimizer):
                 buffer = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(buffer, group["momentum"])
                 for rows, change in zip(p.split(splits), update.split(splits)):
-                    stacks[tuple(rows.shape)].append((rows, change))  # type: ignore[index]
+                    stacks[tuple(rows.shape)].append((rows, change))
             for shape, pairs in stacks.items():
                 self.apply(shape, pairs, group["lr"], group["weight_decay"])
 
@@ -127,6 +127,7 @@ class Optimizers:
                 adam.append({"params": [p for _, p in found[role]], "lr": getattr(rates, role) * adam_scale})
         fused = model.device.type in ("cpu", "cuda")
         self.adam = torch.optim.AdamW(adam, lr=1e-3, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=fused)
+        self.steps_on_device = fused  # the fused AdamW counts steps beside the parameter, others on the CPU
         modules = dict(model.named_modules())
         splits = []
         for name, p in found["matrix"]:
@@ -164,7 +165,7 @@ class Optimizers:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every state tensor by parameter name, so that a checkpoint loads whatever the grouping or number of processes."""
-        names = {p: name for name, p in self.model.named_parameters()}
+        names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
         out = {}
         for optimizer in self.all:
             for p, state in optimizer.state.items():
@@ -181,7 +182,8 @@ class Optimizers:
             p = params.get(name)
             if p is None or (value.dim() and value.shape != p.shape):
                 raise NanochatError(f"the optimizer state of {name!r} does not fit this model: resume with the same configuration")
-            owner[p].state[p][field] = value.to(p.device) if value.dim() else value
+            on_device = value.dim() or self.steps_on_device
+            owner[p].state[p][field] = value.to(p.device) if on_device else value
 
 
 def learning_rate_factor(progress: float, warmup: float, warmdown: float, final: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from nanochat.errors import UsageError
@@ -150,10 +150,13 @@ class TrainSettings:
 
     def check(self) -> None:
         """Raises UsageError naming the flag, its value and what is allowed."""
-        for flag in ("device_batch_size", "keep_last", "log_every", "n_lanes"):
+        for flag in ("device_batch_size", "keep_last", "log_every", "n_lanes", "eval_tokens"):
             if getattr(self, flag) < 1:
                 raise UsageError(f"--{flag} {getattr(self, flag)}: must be at least 1")
-        for flag in ("total_batch_size", "num_iterations", "target_tokens", "eval_every", "save_every", "clip", "max_minutes"):
+        for flag in (
+            "total_batch_size", "num_iterations", "target_tokens", "eval_every", "save_every", "clip", "max_minutes", "seed",
+            "lr_scale", "matrix_lr", "embedding_lr", "head_lr", "small_lr", "weight_decay",
+        ):  # fmt: skip
             if getattr(self, flag) < 0:
                 raise UsageError(f"--{flag} {getattr(self, flag)}: must not be negative")
         for flag in ("warmup", "warmdown", "final_lr"):
@@ -164,16 +167,18 @@ class TrainSettings:
                 raise UsageError(f"--{flag} {getattr(self, flag)}: must be one of {', '.join(allowed)}")
 
 
+RESOLVED = ("d_model", "n_head", "n_kv_head", "head_dim", "head_dim2", "dt_rank")
+
+
 def check_architecture(saved: ModelConfig, settings: TrainSettings, where: str) -> None:
     """Raises UsageError when an option that was given is not what the checkpoint holds."""
     for name, value in settings.model_options().items():
         have = getattr(saved, name)
-        same = value == have
+        same = value == have or name == "sequence_len"  # a later stage may train on shorter or longer rows
         if name in ("pattern", "ssm"):
-            wanted = ModelConfig(**{"depth": saved.depth, "pattern": saved.pattern, "ssm": saved.ssm, name: value})
-            same = wanted.blocks == saved.blocks
-        elif name == "sequence_len":
-            same = True  # a later stage may train on shorter or longer rows
+            same = replace(saved, **{name: value}).blocks == saved.blocks
+        elif name in RESOLVED:  # 0 or more than fits means what it meant when the model was made
+            same = getattr(replace(saved, **{name: value}).resolved(), name) == have
         if not same:
             raise UsageError(
                 f"--{name} {value} contradicts the checkpoint {where}, which has {name} = {have}: "
@@ -207,6 +212,11 @@ class MidSettings(TrainSettings):
     """passes over the tasks, when no number of steps or tokens is given"""
     lr_scale: float = 0.5
     """factor on every learning rate"""
+
+    def check(self) -> None:
+        super().check()
+        if not 0 <= self.data_share < 1:
+            raise UsageError(f"--data_share {self.data_share}: must be at least 0 and below 1 (the rest are conversations)")
 
 
 @dataclass(frozen=True)
