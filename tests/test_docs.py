@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from nanochat.data.world import World
 from nanochat.model.config import expand_pattern, named_patterns
+from nanochat.pipeline import PROFILES
 from nanochat.tasks.registry import TASKS
 
 ROOT = Path(__file__).parents[1]
@@ -89,6 +91,16 @@ def test_task_table() -> None:
 def test_config_table_names_every_file() -> None:
     named = set(re.findall(r"`(configs/\w+\.py)`", CONFIGURATION))
     assert named == {f"configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
+
+
+def test_questions_for_the_quickstart_are_about_known_entities() -> None:
+    profile = PROFILES["cpu"]
+    world = World(seed=0, n_known=profile.known, n_new=profile.new)
+    known = [world.entity(i).name for i in range(profile.known)]
+    text = "".join(page.read_text() for page in PAGES)
+    asked = re.findall(r'--run quickstart .*?-p "([^"]+)"', text)
+    assert len(asked) >= 3
+    assert [question for question in asked if not any(name in question for name in known)] == []
 
 
 def messages() -> str:
