@@ -54,8 +54,8 @@ class Log:
         if not active:
             return
         directory.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in read_log(self.path) if line["step"] <= step]  # a killed run logged past its checkpoint
         with self.failures():
+            kept = [line for line in read_log(self.path) if line["step"] <= step]  # a killed run logged past its checkpoint
             whole = self.path.with_name(".log.jsonl.new")  # killed meanwhile, the log is the old one or the new one
             whole.write_text("".join(json.dumps(line) + "\n" for line in kept))
             os.replace(whole, self.path)
