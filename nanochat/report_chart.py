@@ -1,0 +1,180 @@
+"""Line charts as inline SVG, for the report: no script, no dependency; colours come from the page's CSS.
+
+Classes that the page styles: `chart`, `grid`, `axis`, `tick`, `label`, `s0`…`s2` (the series' colours) and `faint`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 560, 300
+LEFT, RIGHT, TOP, BOTTOM = 56, 58, 46, 44
+MOST_POINTS = 600  # of one line; more cannot be told apart at this size
+LOG_FROM = 5.0  # largest / smallest value from which the axis is logarithmic
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve: (x, y) by rising x. `color` numbers a CSS class; a faint one stays behind and out of the legend."""
+
+    name: str
+    points: Sequence[Point]
+    color: int = 0
+    faint: bool = False
+    dots: bool = False
+
+
+def smooth(points: Sequence[Point], weight: float = 0.9) -> list[Point]:
+    """Exponential moving average of y, without the bias towards 0 at the beginning."""
+    smoothed, average, norm = [], 0.0, 0.0
+    for x, y in points:
+        average, norm = weight * average + (1 - weight) * y, weight * norm + 1 - weight
+        smoothed.append((x, average / norm))
+    return smoothed
+
+
+def finite(points: Sequence[Point]) -> list[Point]:
+    return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+
+
+def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
+    """Every k-th point, and always the last."""
+    k = -(-len(points) // most)
+    return list(points) if k <= 1 else [*points[:-1:k], points[-1]]
+
+
+class Scale:
+    """From values to pixels, linear or logarithmic."""
+
+    def __init__(self, low: float, high: float, start: float, end: float, log: bool = False) -> None:
+        if low == high:
+            low, high = (low * 0.9, high * 1.1) if log else (low - 1, high + 1)
+        self.low, self.high, self.start, self.end, self.log = low, high, start, end, log
+
+    def __call__(self, value: float) -> float:
+        low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
+        at = math.log(value) if self.log else value
+        return self.start + (at - low) / (high - low) * (self.end - self.start)
+
+
+def linear_ticks(low: float, high: float, n: int = 5) -> list[float]:
+    """About `n` round values (1, 2 or 5 times a power of ten apart) inside [low, high]."""
+    if not high > low:
+        return [low]
+    raw = (high - low) / n
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * k for k in (1, 2, 5, 10) if power * k >= raw * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten inside [low, high], with 2 and 5 times them where these are few; else as linear ones."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for multiples in ((1,), (1, 2, 5)):
+        values = (m * 10.0**d for d in decades for m in multiples)
+        ticks = [value for value in values if low * (1 - 1e-9) <= value <= high * (1 + 1e-9)]
+        if len(ticks) >= 4:
+            return ticks[:: -(-len(ticks) // 7)]
+    return ticks if len(ticks) >= 3 else [tick for tick in linear_ticks(low, high) if tick > 0]
+
+
+def short(value: float) -> str:
+    """A number for an axis: 1500 as 1.5K, 0.25 as 0.25."""
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "K")):
+        if abs(value) >= limit:
+            return f"{value / limit:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def line_chart(title: str, series: Sequence[Series], x_label: str, y_label: str, log_y: bool | None = None) -> str:
+    """The chart, or "" when no series has a finite point. log_y None: logarithmic where values span a factor of 5."""
+    drawn = [Series(s.name, thin(found), s.color, s.faint, s.dots) for s in series if (found := finite(s.points))]
+    if not drawn:
+        return ""
+    ys = [y for s in drawn for _, y in s.points]
+    xs = [x for s in drawn for x, _ in s.points]
+    low, high = min(ys), max(ys)
+    if log_y is None:
+        log_y = low > 0 and high / low > LOG_FROM
+    log_y = log_y and low > 0
+    pad = (high / low) ** 0.05 if log_y else (high - low) * 0.06
+    low, high = (low / pad, high * pad) if log_y else (low - pad, high + pad)
+    x = Scale(min(0.0, min(xs)), max(xs), LEFT, WIDTH - RIGHT)
+    y = Scale(low, high, HEIGHT - BOTTOM, TOP, log_y)
+    body = [
+        *_axes(x, y, x_label, y_label + (" (log scale)" if log_y else "")),
+        *(_curve(s, x, y) for s in sorted(drawn, key=lambda s: not s.faint)),
+        *_end_labels([s for s in drawn if not s.faint], y),
+        *_hits([s for s in drawn if not s.faint], x, y, x_label),
+        _legend(drawn),
+    ]
+    return (
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
+        f"<title>{escape(title)}</title>" + "".join(body) + "</svg>"
+    )
+
+
+def _axes(x: Scale, y: Scale, x_label: str, y_label: str) -> list[str]:
+    parts = []
+    for tick in log_ticks(y.low, y.high) if y.log else linear_ticks(y.low, y.high):
+        at = y(tick)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{short(tick)}</text>')
+    bottom = HEIGHT - BOTTOM
+    parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{bottom}" y2="{bottom}"/>')
+    for tick in linear_ticks(x.low, x.high):
+        at = x(tick)
+        parts.append(f'<line class="axis" x1="{at:.1f}" x2="{at:.1f}" y1="{bottom}" y2="{bottom + 4}"/>')
+        parts.append(f'<text class="tick" x="{at:.1f}" y="{bottom + 18}" text-anchor="middle">{short(tick)}</text>')
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    parts.append(f'<text class="label" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
+    parts.append(f'<text class="label" x="{LEFT - 40}" y="{TOP - 12}">{escape(y_label)}</text>')
+    return parts
+
+
+def _curve(series: Series, x: Scale, y: Scale) -> str:
+    at = [(x(a), y(b)) for a, b in series.points]
+    classes = f"s{series.color}" + (" faint" if series.faint else "")
+    dots = at if series.dots and len(at) <= 60 else at if len(at) == 1 else []
+    line = " ".join(f"{a:.1f},{b:.1f}" for a, b in at)
+    circles = "".join(f'<circle class="dot {classes}" cx="{a:.1f}" cy="{b:.1f}" r="3"/>' for a, b in dots)
+    return f'<polyline class="line {classes}" points="{line}"/>{circles}'
+
+
+def _end_labels(series: Sequence[Series], y: Scale) -> list[str]:
+    """The last value of each curve behind its end, pushed apart where they would overlap."""
+    gap, left = 14.0, WIDTH - RIGHT + 7
+    ends = sorted(((y(s.points[-1][1]), s) for s in series), key=lambda end: end[0])
+    placed: list[tuple[float, Series]] = []
+    for at, s in ends:
+        placed.append((max(at, placed[-1][0] + gap) if placed else at, s))
+    over = max(0.0, placed[-1][0] - (HEIGHT - BOTTOM)) if placed else 0.0
+    return [
+        f'<text class="end t{s.color}" x="{left}" y="{at - over + 4:.1f}">{s.points[-1][1]:.3g}</text>'
+        for at, s in placed
+    ]
+
+
+def _hits(series: Sequence[Series], x: Scale, y: Scale, x_label: str) -> list[str]:
+    """Invisible targets that show a value on hover."""
+    parts = []
+    for s in series:
+        for a, b in thin(s.points, 100):
+            tip = escape(f"{s.name}: {b:.4g} at {a:,.0f} {x_label}")
+            parts.append(f'<circle class="hit" cx="{x(a):.1f}" cy="{y(b):.1f}" r="6"><title>{tip}</title></circle>')
+    return parts
+
+
+def _legend(series: Sequence[Series]) -> str:
+    parts, at = [], float(LEFT - 40)
+    for s in (s for s in series if not s.faint):
+        parts.append(f'<line class="line s{s.color}" x1="{at}" x2="{at + 16}" y1="12" y2="12"/>')
+        parts.append(f'<text class="key" x="{at + 22}" y="16">{escape(s.name)}</text>')
+        at += 40 + 6.6 * len(s.name)
+    return "".join(parts)
