@@ -6,6 +6,8 @@ import math
 import os
 import random
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -382,3 +384,42 @@ def test_wandb_offline_logs_beside_the_jsonl(finished: Path, tmp_path: Path, mon
     assert len(runs) == 1
     assert runs[0].stat().st_size > 0
     assert len(read_log(tmp_path / "tiny/base/log.jsonl")) == 3
+
+
+# ---- it is killed
+
+
+def test_a_killed_process_loses_at_most_the_steps_since_its_checkpoint(finished: Path, tmp_path: Path) -> None:
+    """Kill -9 in the middle of a save: files are written, but not yet published."""
+    copy_run(finished, tmp_path, "tokenizer", "base")
+    script = f"""
+import os, signal, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+from nanochat import checkpoint
+from tiny import train
+publish = checkpoint._publish
+def die(new, target):
+    if target.name == "step_000006":
+        os.kill(os.getpid(), signal.SIGKILL)
+    publish(new, target)
+checkpoint._publish = die
+train("mid", Path({str(tmp_path)!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    directory = tmp_path / "tiny" / "mid"
+    assert checkpoint.steps(directory) == [3]
+    assert any(path.name.startswith(".new") for path in directory.iterdir())  # what the dead process left
+    train("mid", tmp_path)
+    assert_identical(saved(tmp_path, "mid"), saved(finished, "mid"))
+    assert not any(path.name.startswith(".new") for path in directory.iterdir())
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_of_all_stages_change_no_bit() -> None:
+    script = Path(__file__).parents[2] / "dev" / "kill_test.py"
+    done = subprocess.run([sys.executable, script, "--kills", "8"], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "8 kills" in done.stdout
+    assert "0 not bit-identical" in done.stdout
