@@ -1,0 +1,114 @@
+"""Training speed: tokens/s, GFLOP/s and the share of this machine's measured matmul peak, beside karpathy/nanochat.
+
+    python -m benchmarks.train [--shape small|quickstart] [--patterns transformer mamba mamba2 hybrid] [--dtypes float32 bfloat16]
+                               [--compile] [--peer CHECKOUT]
+
+Shape "small" is 4 blocks 256 wide, vocabulary 32768, rows of 512 tokens, 8 rows a step; a step is forward, backward and both
+optimizers; the fastest of --steps counts (what else runs on the machine can only add time). bfloat16 is measured where the CPU multiplies it natively. Ratios:
+
+    share_of_peak_<dtype>        GFLOP/s of the transformer over the measured peak of torch.mm in that dtype
+    <dtype>_vs_nanochat          tokens/s of the transformer over nanochat's compiled step, at equal FLOPs a token
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+import torch
+
+from benchmarks.common import report, run_peer, time_best
+from nanochat.model.config import ModelConfig
+from nanochat.model.lm import LM
+from nanochat.runtime import cpu_has_bf16, peak_memory_bytes
+from nanochat.training.optim import Optimizers, Rates
+
+SHAPES = {  # depth, width, vocabulary, T, rows
+    "small": (4, 256, 32768, 512, 8),
+    "quickstart": (4, 128, 1024, 256, 8),
+}
+PATTERNS = ("transformer", "mamba", "mamba2", "hybrid")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Training speed")
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--patterns", nargs="*", default=list(PATTERNS))
+    parser.add_argument("--dtypes", nargs="*", choices=("float32", "bfloat16"))
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--compile", action="store_true", help="also measure with torch.compile (a minute more a row)")
+    parser.add_argument("--peer", help="checkout of karpathy/nanochat to measure in the same run")
+    args = parser.parse_args()
+    dtypes = args.dtypes or ["float32"] + (["bfloat16"] if cpu_has_bf16() else [])
+    rows: list[dict[str, Any]] = []
+    ratios: dict[str, float] = {}
+    for dtype in dtypes:
+        peak = matmul_peak(getattr(torch, dtype))
+        rows.append({"what": "torch.mm", "dtype": dtype, "GFLOP/s": peak / 1e9, "share_of_peak": 1.0})
+        ours = 0.0
+        for pattern in args.patterns:
+            for compiled in (False, True) if args.compile else (False,):
+                row = measure(pattern, args.shape, dtype, args.steps, compiled, peak)
+                rows.append(row)
+                if pattern == "transformer" and row["tok/s"] > ours:
+                    ours = row["tok/s"]
+                    ratios[f"share_of_peak_{'bf16' if dtype == 'bfloat16' else 'fp32'}"] = row["share_of_peak"]
+        if args.peer:
+            peer = measure_peer(args.peer, args.shape, dtype, args.steps, peak)
+            rows.append(peer)
+            if ours:
+                ratios[f"{'bf16' if dtype == 'bfloat16' else 'fp32'}_vs_nanochat"] = ours / peer["tok/s"]
+    report("train", rows, ratios)
+
+
+def matmul_peak(dtype: torch.dtype) -> float:
+    """FLOP/s of the best torch.mm of 1024 and 2048."""
+    best = 0.0
+    for n in (1024, 2048):
+        a, b = torch.randn(n, n, dtype=dtype), torch.randn(n, n, dtype=dtype)
+        best = max(best, 2 * n**3 / time_best(lambda a=a, b=b: a @ b, 6))  # type: ignore[misc]
+    return best
+
+
+def measure(pattern: str, shape: str, dtype: str, steps: int, compiled: bool, peak: float) -> dict[str, Any]:
+    depth, width, vocab, T, n_rows = SHAPES[shape]
+    config = ModelConfig(vocab_size=vocab, sequence_len=T, depth=depth, d_model=width, pattern=pattern)
+    model = LM.build(config, seed=0)
+    model.compute_dtype = getattr(torch, dtype)
+    optimizers = Optimizers(model, Rates())
+    ids = torch.randint(0, vocab, (n_rows, T + 1))
+    inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    weights, segments = torch.ones(n_rows, T), torch.zeros(n_rows, T, dtype=torch.int32)
+    loss_of = torch.compile(model.loss, dynamic=False) if compiled else model.loss
+    times = []
+    for _ in range(steps + 2):
+        began = time.perf_counter()
+        (loss_of(inputs, targets, weights, segments) / inputs.numel()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizers.step()
+        optimizers.zero_grad()
+        times.append(time.perf_counter() - began)
+    rate = n_rows * T / min(times[2:])
+    flops = model.flops_per_token(T)
+    return {
+        "what": "ours" + (" compiled" if compiled else ""), "pattern": pattern, "dtype": dtype, "tok/s": rate,
+        "MFLOP/token": flops / 1e6, "GFLOP/s": rate * flops / 1e9, "share_of_peak": rate * flops / peak,
+        "peak_RSS_MB": peak_memory_bytes() / 1e6,
+    }  # fmt: skip
+
+
+def measure_peer(peer: str, shape: str, dtype: str, steps: int, peak: float) -> dict[str, Any]:
+    depth, width, vocab, T, n_rows = SHAPES[shape]
+    arguments = [str(x) for x in (depth, width, vocab, T, n_rows, steps, dtype)]
+    found = run_peer("train", peer, arguments)[-1]
+    rate = n_rows * T / found["seconds"]
+    return {
+        "what": "nanochat compiled", "pattern": "transformer", "dtype": dtype, "tok/s": rate,
+        "MFLOP/token": found["flops_per_token"] / 1e6, "GFLOP/s": rate * found["flops_per_token"] / 1e9,
+        "share_of_peak": rate * found["flops_per_token"] / peak,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
