@@ -6,11 +6,19 @@ A query at absolute position i sees the keys j with j <= i, j > i - window (when
 those of its own document.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nanochat.kernels.dispatch import choose
+from nanochat.kernels.segments import resets
+
+# documents share a batch when the shorter is at least SIMILAR times as long, or when none is longer than SHORT
+SIMILAR, SHORT = 0.7, 32
+WINDOW_MIN = 32  # blocks of fewer queries do not pay
 
 
 def attention(
@@ -93,17 +101,141 @@ def _attention_sdpa(
     start: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    n_batch, n_time, n_head, _ = q_BTHP.shape
-    n_source, n_group = k_BSGP.shape[1:3]
+    """Fused attention, without a mask wherever the shape of what is seen allows it."""
+    n_batch, n_time = q_BTHP.shape[:2]
+    n_source = k_BSGP.shape[1]
     window = 0 if window >= n_source else window
+    if start is None and lengths is None:
+        if n_time == 1:  # the last position sees the last `window` keys
+            if window:
+                k_BSGP, v_BSGP = k_BSGP[:, -window:], v_BSGP[:, -window:]
+            return _sdpa(q_BTHP, k_BSGP, v_BSGP, scale)
+        if n_time == n_source:
+            if segments_BT is None:
+                return _causal(q_BTHP, k_BSGP, v_BSGP, window, scale)
+            if q_BTHP.device.type == "cpu":
+                return _packed(q_BTHP, k_BSGP, v_BSGP, segments_BT, window, scale)
+    mask_BTS = visible((n_batch, n_time), n_source, q_BTHP.device, segments_BT, window, lengths, start)
+    return _sdpa(q_BTHP, k_BSGP, v_BSGP, scale, mask=mask_BTS[:, None])
+
+
+def _sdpa(
+    q_BTHP: Tensor,
+    k_BSGP: Tensor,
+    v_BSGP: Tensor,
+    scale: float | None,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    """`F.scaled_dot_product_attention` in this file's layout; transposed views cost it nothing."""
+    grouped = q_BTHP.shape[2] != k_BSGP.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q_BTHP, k_BSGP, v_BSGP))
-    if segments_BT is None and not window and lengths is None and start is None and n_time in (1, n_source):
-        causal = n_time > 1  # one query at the end sees every key
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=n_head != n_group)
-        return y.transpose(1, 2)
-    mask = visible((n_batch, n_time), n_source, q.device, segments_BT, window, lengths, start)[:, None]
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=n_head != n_group)
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=grouped)
     return y.transpose(1, 2)
+
+
+def _causal(q_BTHP: Tensor, k_BTGP: Tensor, v_BTGP: Tensor, window: int, scale: float | None) -> Tensor:
+    """Queries and keys of the same positions: no mask, or blocks of `window` queries against twice as many keys."""
+    n_batch, n_time, n_head, n_width = q_BTHP.shape
+    if not 0 < window < n_time:
+        return _sdpa(q_BTHP, k_BTGP, v_BTGP, scale, is_causal=True)
+    if n_time < 3 * window or window < WINDOW_MIN:
+        return _sdpa(q_BTHP, k_BTGP, v_BTGP, scale, mask=visible((1, n_time), n_time, q_BTHP.device, window=window))
+    n_block = -(-n_time // window)
+    pad = (0, 0, 0, 0, 0, n_block * window - n_time)  # keys behind every query
+    q, k, v = (F.pad(x, pad).view(n_batch, n_block, window, -1, n_width) for x in (q_BTHP, k_BTGP, v_BTGP))
+    first = _sdpa(q[:, 0], k[:, 0], v[:, 0], scale, is_causal=True)
+    k2, v2 = (torch.cat((x[:, :-1], x[:, 1:]), 2).flatten(0, 1) for x in (k, v))
+    at = torch.arange(window, device=q.device)[:, None]
+    key = torch.arange(2 * window, device=q.device)
+    rest = _sdpa(q[:, 1:].flatten(0, 1), k2, v2, scale, mask=(key > at) & (key <= at + window))
+    y = torch.cat((first[:, None], rest.reshape(n_batch, n_block - 1, window, n_head, n_width)), 1)
+    return y.flatten(1, 2)[:, :n_time]
+
+
+def _packed(
+    q_BTHP: Tensor, k_BTGP: Tensor, v_BTGP: Tensor, segments_BT: Tensor, window: int, scale: float | None
+) -> Tensor:
+    """Each document by itself: documents of similar length are gathered into one causal batch.
+
+    The work grows with the documents' lengths, not with the row's: with documents of 80 tokens this takes less than
+    half the time of one masked product over a row of 512, and a fifth over 1024.
+    """
+    groups, source, position = _document_groups(segments_BT)
+    if groups == [tuple(segments_BT.shape)]:  # one document a row
+        return _causal(q_BTHP, k_BTGP, v_BTGP, window, scale)
+    q, k, v = (_Gather.apply(x.flatten(0, 1), source, position) for x in (q_BTHP, k_BTGP, v_BTGP))
+    ys, begin = [], 0
+    for n_doc, length in groups:
+        rows = slice(begin, begin + n_doc * length)
+        q_, k_, v_ = (x[rows].unflatten(0, (n_doc, length)) for x in (q, k, v))
+        ys.append(_causal(q_, k_, v_, window, scale).flatten(0, 1))
+        begin = rows.stop
+    y = torch.cat(ys) if len(ys) > 1 else ys[0]
+    return _Scatter.apply(y, position).view(q_BTHP.shape)
+
+
+def _document_groups(segments_BT: Tensor) -> tuple[list[tuple[int, int]], Tensor, Tensor]:
+    """Sort the documents of a batch by length and cut them into groups that waste little on padding.
+
+    Returns the groups as (documents, padded length); `source`: for each place of the concatenated groups the flat token
+    that goes there (padding takes some later token: causality hides it); `position`: for each flat token its place.
+    """
+    n_batch, n_time = segments_BT.shape
+    device = segments_BT.device
+    first_BT = resets(segments_BT)
+    first_BT[:, 0] = True
+    start = torch.nonzero(first_BT.view(-1))[:, 0]
+    lengths, order = torch.diff(start, append=start.new_full((1,), n_batch * n_time)).sort(descending=True)
+    start, sizes = start[order], lengths.tolist()
+    groups, padded, begin = [], [], 0
+    while begin < len(sizes):
+        longest, end = sizes[begin], begin + 1
+        while end < len(sizes) and (sizes[end] >= SIMILAR * longest or longest <= SHORT):
+            end += 1
+        groups.append((end - begin, longest))
+        padded += [longest] * (end - begin)
+        begin = end
+    # every place knows its document and its step inside it
+    widths = torch.tensor(padded, device=device)
+    place = torch.arange(sum(padded), device=device)
+    document = torch.repeat_interleave(widths)
+    step = place - (widths.cumsum(0) - widths)[document]
+    source = (start[document] + step).clamp_(max=n_batch * n_time - 1)
+    valid = step < lengths[document]
+    position = torch.empty(n_batch * n_time, dtype=torch.int64, device=device)
+    position[source[valid]] = place[valid]
+    return groups, source, position
+
+
+class _Gather(torch.autograd.Function):
+    """x[source]. Every row of x has one place that counts, `position`; the gradient at all others is zero."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, source: Tensor, position: Tensor) -> Tensor:
+        ctx.save_for_backward(position)
+        return x.index_select(0, source)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class _Scatter(torch.autograd.Function):
+    """y[position], where no place is taken twice."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, position: Tensor) -> Tensor:
+        ctx.save_for_backward(position)
+        ctx.n_place = y.shape[0]
+        return y.index_select(0, position)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        out = grad.new_zeros(ctx.n_place, *grad.shape[1:])
+        return out.index_copy_(0, ctx.saved_tensors[0], grad), None
 
 
 ATTENTION = {"sdpa": _attention_sdpa, "ref": attention_ref}
