@@ -86,4 +86,6 @@ class Mamba2(Mixer):
         return x, dt, A, B, C, self.D
 
     def gate(self, y: Tensor, z: Tensor) -> Tensor:
-        return self.out_proj(rms_norm(y * F.silu(z), self.eps))
+        """The output, gated, then normalised within each group as in the paper's own code."""
+        gated = (y * F.silu(z)).unflatten(-1, (self.G, -1))
+        return self.out_proj(rms_norm(gated, self.eps).flatten(-2))

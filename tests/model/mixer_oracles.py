@@ -112,7 +112,7 @@ def mamba2(module: Mamba2, x_TD: Tensor) -> Tensor:
             g = i * G // H
             h[i] = torch.exp(dt[i] * A[i]) * h[i] + dt[i] * u[i][:, None] * B[g]
             y[i] = h[i] @ C[g] + w["D"][i] * u[i]
-        out.append(w["out_proj.weight"] @ norm(y.flatten() * silu(z)))
+        out.append(w["out_proj.weight"] @ norm((y.flatten() * silu(z)).view(G, E // G)).flatten())
     return torch.stack(out)
 
 
