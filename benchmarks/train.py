@@ -1,10 +1,11 @@
 """Training speed: tokens/s, GFLOP/s and the share of this machine's measured matmul peak, beside karpathy/nanochat.
 
-    python -m benchmarks.train [--shape small|quickstart] [--patterns transformer mamba mamba2 hybrid] [--dtypes float32 bfloat16]
-                               [--compile] [--peer CHECKOUT]
+    python -m benchmarks.train [--shape small|quickstart] [--patterns transformer mamba mamba2 hybrid]
+                               [--dtypes float32 bfloat16] [--compile] [--peer CHECKOUT]
 
-Shape "small" is 4 blocks 256 wide, vocabulary 32768, rows of 512 tokens, 8 rows a step; a step is forward, backward and both
-optimizers; the fastest of --steps counts (what else runs on the machine can only add time). bfloat16 is measured where the CPU multiplies it natively. Ratios:
+Shape "small" is 4 blocks 256 wide, vocabulary 32768, rows of 512 tokens, 8 rows a step; a step is forward, backward and
+both optimizers; the fastest of --steps counts (what else runs on the machine can only add time). bfloat16 is measured
+where the CPU multiplies it natively. Ratios:
 
     share_of_peak_<dtype>        GFLOP/s of the transformer over the measured peak of torch.mm in that dtype
     <dtype>_vs_nanochat          tokens/s of the transformer over nanochat's compiled step, at equal FLOPs a token

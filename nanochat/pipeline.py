@@ -45,7 +45,7 @@ class Profile:
 
 
 PROFILES = {
-    "cpu": Profile(120, 1000, 40, 1024, 4, 128, 256, 8, 400, 400, 50),
+    "cpu": Profile(120, 1000, 40, 1024, 4, 128, 256, 8, 400, 500, 50),
     "gpu": Profile(1000, 8000, 60, 2048, 6, 384, 512, 32, 1200, 1000, 100),
 }
 
@@ -106,6 +106,7 @@ def plan(settings: QuickstartSettings) -> Plan:
         f"world-qa:{world},split=new,part=train,limit={17 * p.known}",
         f"world-chat:{world},split=known,part=train,n={p.known},style=sentence",
     )
+    asked = f"part=heldout,draw={settings.eval_seed}"
     where = {"run": settings.run, "out_dir": settings.out_dir}
     common: dict[str, Any] = {
         **where, "seed": settings.seed, "device": settings.device, "dtype": settings.dtype, "eval_tokens": 16384,
@@ -125,8 +126,8 @@ def plan(settings: QuickstartSettings) -> Plan:
         MidSettings(**common, data=text, data_share=0.5, tasks=tasks, num_iterations=steps(p.mid_steps)),
         SFTSettings(**common, tasks=tasks, num_iterations=steps(p.sft_steps)),
         {
-            "closed_book_known_em": f"world-qa:{world},split=known,part=heldout,style=sentence,draw={settings.eval_seed}",
-            "closed_book_new_abstain": f"world-qa:{world},split=new,part=heldout,draw={settings.eval_seed}",
+            "closed_book_known_em": f"world-qa:{world},split=known,{asked},style=sentence",
+            "closed_book_new_abstain": f"world-qa:{world},split=new,{asked}",
         },
     )  # fmt: skip
 
@@ -161,18 +162,23 @@ def run_quickstart(settings: QuickstartSettings) -> dict[str, Metric]:
     clock = Clock(directory / "timings.json")
     if not (directory / "tokenizer").exists():
         clock.time("tokenizer", lambda: train_tokenizer(todo.tokenizer))
-    for name, train, stage in (("base", train_base, todo.base), ("mid", train_mid, todo.mid), ("sft", train_sft, todo.sft)):
+    stages: list[tuple[str, Callable[[], object]]] = [
+        ("base", lambda: train_base(todo.base)),
+        ("mid", lambda: train_mid(todo.mid)),
+        ("sft", lambda: train_sft(todo.sft)),
+    ]
+    for name, train in stages:
         if complete(directory / name):
             log.info("%s: complete", name)
         else:
-            clock.time(name, lambda train=train, stage=stage: train(stage))
+            clock.time(name, train)
     metrics, samples = clock.time("evaluation", lambda: measure(settings, todo, directory))
     metrics |= {
         "train_seconds": exact(sum(clock.seconds.values())),
         "tokens_per_second": exact(read_meta_of(directory / "base")["metrics"]["tokens_per_second"]),
     }
-    found = {name: asdict(metric) for name, metric in metrics.items()}
-    write_report(directory, {"metrics": found, "samples": samples, "timings": clock.seconds, "settings": asdict(settings)})
+    extra = {"samples": samples, "timings": clock.seconds, "settings": asdict(settings)}
+    write_report(directory, {"metrics": {name: asdict(metric) for name, metric in metrics.items()}, **extra})
     return metrics
 
 
@@ -188,7 +194,7 @@ def remember(settings: QuickstartSettings, directory: Path) -> None:
         changed = [k for k in config.differences(before, settings) if k not in free]
         if changed:
             shown = ", ".join(f"--{k} was {getattr(before, k)} and is {getattr(settings, k)}" for k in changed)
-            raise UsageError(f"{directory} holds another quickstart ({shown}): give another --run, or delete {directory}")
+            raise UsageError(f"{directory} holds another quickstart ({shown}): give another --run, or delete it")
     config.save(settings, path)
 
 
@@ -203,7 +209,9 @@ def read_meta_of(stage_dir: Path) -> dict[str, Any]:
     return read_meta(path)
 
 
-def measure(settings: QuickstartSettings, todo: Plan, directory: Path) -> tuple[dict[str, Metric], list[dict[str, Any]]]:
+def measure(
+    settings: QuickstartSettings, todo: Plan, directory: Path
+) -> tuple[dict[str, Metric], list[dict[str, Any]]]:
     """Held-out questions to the SFT model, bits per byte of the base model."""
     chat = load_checkpoint(str(directory / "sft"), device=settings.device, dtype=settings.dtype)
     metrics, samples = {}, []
@@ -234,4 +242,5 @@ def quickstart(argv: list[str] | None = None) -> None:
     directory = Path(settings.out_dir or runtime.out_root()) / settings.run
     runtime.print0(f"\n{table(metrics)}\n\nreport: {directory / 'report.html'}")
     question = open_task(plan(settings).evaluation["closed_book_known_em"])[0]["messages"][0]["content"]
-    runtime.print0(f"talk to it: {Path(sys.prefix) / 'bin' / 'nanochat'} chat_cli --run {settings.run} -p {json.dumps(question)}")
+    command = Path(sys.prefix) / "bin" / "nanochat"
+    runtime.print0(f"talk to it: {command} chat_cli --run {settings.run} -p {json.dumps(question)}")
