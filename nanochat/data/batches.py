@@ -251,7 +251,7 @@ class Packer:
         for (lane, of_epoch, _), piece in zip(wanted, self.source.encode([raw for *_, raw in wanted])):
             self.hand(lane, of_epoch, piece)
         for lane in self.lanes.values():
-            lane.next = max(lane.next, self.position, key=lambda at: at[2])
+            lane.next = max(lane.next, self.position, key=lambda at: (at[2], at[0]))  # an epoch may end with a read
         return not ended
 
     def hand(self, lane: Lane, epoch: int, piece: Piece | None) -> None:
