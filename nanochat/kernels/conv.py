@@ -5,12 +5,17 @@
 Letters: B batch, T time, E inner width, K kernel width. The state is the last K-1 inputs, oldest first: (B, K-1, E).
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nanochat.kernels.dispatch import choose
-from nanochat.kernels.segments import resets
+from nanochat.kernels.segments import resets, state_dtype
+
+BLOCK = 1 << 18  # elements of a few rows that stay in a CPU's cache while the taps pass over them
 
 
 def causal_conv(
@@ -96,21 +101,83 @@ def _causal_conv_shifted(
     activation: bool = True,
 ) -> tuple[Tensor, Tensor]:
     n_kernel, n_time = weight_EK.shape[1], x_BTE.shape[1]
-    padded = _with_state(x_BTE, n_kernel, state)
-    weight_KE = weight_EK.t().to(x_BTE.dtype)
-    y_BTE = x_BTE * weight_KE[-1]
-    document = None
-    if segments_BT is not None:
-        document = F.pad(resets(segments_BT).cumsum(1), (n_kernel - 1, 0))
-    for k in range(n_kernel - 1):
-        past = padded[:, k : k + n_time]
-        if document is not None:
-            inside = document[:, k : k + n_time] == document[:, n_kernel - 1 :]
-            past = past * inside[:, :, None]
-        y_BTE = y_BTE + past * weight_KE[k]
-    if bias_E is not None:
-        y_BTE = y_BTE + bias_E.to(x_BTE.dtype)
-    return (F.silu(y_BTE) if activation else y_BTE), _final_state(padded, n_kernel, lengths)
+    past = x_BTE.new_zeros(x_BTE.shape[0], n_kernel - 1, x_BTE.shape[2]) if state is None else state.to(x_BTE.dtype)
+    inside = None if segments_BT is None else _inside(segments_BT, n_kernel).to(state_dtype(x_BTE.dtype))
+    y_BTE = _ShiftedConv.apply(x_BTE, weight_EK, bias_E, past, inside, activation)
+    if lengths is None and n_time >= n_kernel - 1:
+        return y_BTE, x_BTE[:, n_time - (n_kernel - 1) :].clone()
+    return y_BTE, _final_state(torch.cat((past, x_BTE), 1), n_kernel, lengths)
+
+
+def _inside(segments_BT: Tensor, n_kernel: int) -> Tensor:
+    """(K, B, T) bool: the input `lag` positions before belongs to the same document."""
+    document = F.pad(resets(segments_BT).cumsum(1), (n_kernel - 1, 0))
+    return (document.unfold(1, n_kernel, 1) == document[:, n_kernel - 1 :, None]).permute(2, 0, 1).flip(0)
+
+
+class _ShiftedConv(torch.autograd.Function):
+    """One multiply-add a tap, over a few rows of the batch at a time so that every tap finds them in cache."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x_BTE, weight_EK, bias_E, past, inside, activation = inputs
+        dtype = state_dtype(x_BTE.dtype)
+        taps_KE = weight_EK.t().flip(0).to(dtype).contiguous()  # by lag
+        bias = taps_KE.new_zeros(taps_KE.shape[1]) if bias_E is None else bias_E.to(dtype)
+        linear_BTE = torch.empty_like(x_BTE, memory_format=torch.contiguous_format)
+        y_BTE = torch.empty_like(linear_BTE) if activation else linear_BTE
+        for rows in _row_blocks(x_BTE):
+            x, before, linear = x_BTE[rows].to(dtype), past[rows].to(dtype), linear_BTE[rows]
+            out = linear if linear.dtype == dtype else torch.empty_like(x)
+            torch.addcmul(bias, x, taps_KE[0], out=out)
+            for lag in range(1, len(taps_KE)):
+                source = x[:, :-lag] if inside is None else x[:, :-lag] * inside[lag, rows, lag:, None]
+                out[:, lag:].addcmul_(source, taps_KE[lag])
+                head = before[:, before.shape[1] - lag :][:, : out.shape[1]]
+                if inside is not None:
+                    head = head * inside[lag, rows, :lag, None]
+                out[:, :lag].addcmul_(head, taps_KE[lag])
+            if out is not linear:
+                linear.copy_(out)
+            if activation:
+                torch.ops.aten.silu.out(linear, out=y_BTE[rows])
+        ctx.save_for_backward(x_BTE, weight_EK, past, inside, linear_BTE if activation else None)
+        ctx.bias_dtype = None if bias_E is None else bias_E.dtype
+        return y_BTE
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_BTE: Tensor) -> tuple[Tensor | None, ...]:
+        x_BTE, weight_EK, past, inside, linear_BTE = ctx.saved_tensors
+        dtype = state_dtype(x_BTE.dtype)
+        taps_KE = weight_EK.t().flip(0).to(dtype).contiguous()
+        dx_BTE = torch.empty_like(x_BTE, memory_format=torch.contiguous_format)
+        dpast, dtaps_KE = torch.zeros_like(past, dtype=dtype), torch.zeros_like(taps_KE)
+        dbias_E = torch.zeros_like(taps_KE[0])
+        for rows in _row_blocks(x_BTE):
+            x, before, grad = x_BTE[rows].to(dtype), past[rows].to(dtype), dy_BTE[rows]
+            if linear_BTE is not None:
+                grad = torch.ops.aten.silu_backward(grad, linear_BTE[rows])
+            grad = grad.to(dtype)
+            dbias_E += grad.sum((0, 1))
+            dx = grad * taps_KE[0]
+            dtaps_KE[0] += (grad * x).sum((0, 1))
+            for lag in range(1, len(taps_KE)):
+                late = grad if inside is None else grad * inside[lag, rows, :, None]
+                head, late = late[:, :lag], late[:, lag:]
+                dx[:, : late.shape[1]].addcmul_(late, taps_KE[lag])
+                part = slice(before.shape[1] - lag, before.shape[1] - lag + head.shape[1])
+                dpast[rows, part].addcmul_(head, taps_KE[lag])
+                dtaps_KE[lag] += (late * x[:, :-lag]).sum((0, 1)) + (head * before[:, part]).sum((0, 1))
+            dx_BTE[rows] = dx
+        dbias = None if ctx.bias_dtype is None else dbias_E.to(ctx.bias_dtype)
+        return dx_BTE, dtaps_KE.flip(0).t().to(weight_EK.dtype), dbias, dpast.to(past.dtype), None, None
+
+
+def _row_blocks(x_BTE: Tensor) -> list[slice]:
+    n_batch, n_time, n_inner = x_BTE.shape
+    step = n_batch if x_BTE.device.type != "cpu" else max(1, BLOCK // (n_time * n_inner))
+    return [slice(i, i + step) for i in range(0, n_batch, step)]
 
 
 CAUSAL_CONV = {"shifted": _causal_conv_shifted, "ref": causal_conv_ref}
