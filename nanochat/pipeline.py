@@ -107,7 +107,7 @@ def plan(settings: QuickstartSettings) -> Plan:
         f"world-chat:{world},split=known,part=train,n={p.known},style=sentence",
     )
     asked = f"part=heldout,draw={settings.eval_seed}"
-    where = {"run": settings.run, "out_dir": settings.out_dir}
+    where: dict[str, Any] = {"run": settings.run, "out_dir": settings.out_dir}
     common: dict[str, Any] = {
         **where, "seed": settings.seed, "device": settings.device, "dtype": settings.dtype, "eval_tokens": 16384,
         "device_batch_size": p.rows, "total_batch_size": p.rows * p.sequence_len, "save_every": 100, "eval_every": 100,
