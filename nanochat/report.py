@@ -7,6 +7,7 @@ of half a run, and again after another evaluation.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -146,7 +147,7 @@ def model_facts(stage: Stage) -> dict[str, Any]:
     try:
         architecture = ModelConfig.from_dict(stage.meta["model_config"])
         with torch.device("meta"):
-            model = LM(architecture)
+            model = LM(architecture.resolved())
     except (NanochatError, KeyError, TypeError) as error:
         log.warning("report: the model of %s cannot be described: %s", stage.name, error)
         return {}
@@ -241,7 +242,8 @@ def _write(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise NanochatError(f"could not write {path}: {error.strerror or error}") from error
 
 

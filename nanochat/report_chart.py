@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 560, 300
-LEFT, RIGHT, TOP, BOTTOM = 56, 58, 46, 44
+WIDTH, HEIGHT = 400, 260
+LEFT, RIGHT, TOP, BOTTOM = 46, 46, 50, 42
 MOST_POINTS = 600  # of one line; more cannot be told apart at this size
 LOG_FROM = 5.0  # largest / smallest value from which the axis is logarithmic
 
@@ -39,7 +39,8 @@ def smooth(points: Sequence[Point], weight: float = 0.9) -> list[Point]:
 
 
 def finite(points: Sequence[Point]) -> list[Point]:
-    return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+    """Without NaN, infinity and what would overflow an axis."""
+    return [(x, y) for x, y in points if abs(x) < 1e30 and abs(y) < 1e30]
 
 
 def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
@@ -52,8 +53,8 @@ class Scale:
     """From values to pixels, linear or logarithmic."""
 
     def __init__(self, low: float, high: float, start: float, end: float, log: bool = False) -> None:
-        if low == high:
-            low, high = (low * 0.9, high * 1.1) if log else (low - 1, high + 1)
+        if high - low <= 1e-9 * max(abs(low), abs(high)):
+            low, high = (low * 0.9, high * 1.1) if log else (low - (abs(low) / 10 or 1), high + (abs(high) / 10 or 1))
         self.low, self.high, self.start, self.end, self.log = low, high, start, end, log
 
     def __call__(self, value: float) -> float:
@@ -62,7 +63,7 @@ class Scale:
         return self.start + (at - low) / (high - low) * (self.end - self.start)
 
 
-def linear_ticks(low: float, high: float, n: int = 5) -> list[float]:
+def linear_ticks(low: float, high: float, n: int = 4) -> list[float]:
     """About `n` round values (1, 2 or 5 times a power of ten apart) inside [low, high]."""
     if not high > low:
         return [low]
@@ -74,14 +75,18 @@ def linear_ticks(low: float, high: float, n: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten inside [low, high], with 2 and 5 times them where these are few; else as linear ones."""
+    """Three to six values inside [low, high], low > 0: 1, 2, 5 (or 1, 3, or 1) times powers of ten, every k-th decade
+    of a wide range; round values as on a linear axis where the range is too narrow for these."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for multiples in ((1,), (1, 2, 5)):
+    found: list[float] = []
+    for multiples in ((1, 2, 5), (1, 3), (1,)):
         values = (m * 10.0**d for d in decades for m in multiples)
-        ticks = [value for value in values if low * (1 - 1e-9) <= value <= high * (1 + 1e-9)]
-        if len(ticks) >= 4:
-            return ticks[:: -(-len(ticks) // 7)]
-    return ticks if len(ticks) >= 3 else [tick for tick in linear_ticks(low, high) if tick > 0]
+        found = [value for value in values if low * (1 - 1e-9) <= value <= high * (1 + 1e-9)]
+        if len(found) < 3:
+            return [tick for tick in linear_ticks(low, high) if tick > 0]
+        if len(found) <= 6:
+            return found
+    return found[:: -(-len(found) // 6)]
 
 
 def short(value: float) -> str:
@@ -101,8 +106,8 @@ def line_chart(title: str, series: Sequence[Series], x_label: str, y_label: str,
     xs = [x for s in drawn for x, _ in s.points]
     low, high = min(ys), max(ys)
     if log_y is None:
-        log_y = low > 0 and high / low > LOG_FROM
-    log_y = log_y and low > 0
+        log_y = low > 1e-30 and high / low > LOG_FROM
+    log_y = log_y and low > 1e-30
     pad = (high / low) ** 0.05 if log_y else (high - low) * 0.06
     low, high = (low / pad, high * pad) if log_y else (low - pad, high + pad)
     x = Scale(min(0.0, min(xs)), max(xs), LEFT, WIDTH - RIGHT)
@@ -134,7 +139,7 @@ def _axes(x: Scale, y: Scale, x_label: str, y_label: str) -> list[str]:
         parts.append(f'<text class="tick" x="{at:.1f}" y="{bottom + 18}" text-anchor="middle">{short(tick)}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text class="label" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
-    parts.append(f'<text class="label" x="{LEFT - 40}" y="{TOP - 12}">{escape(y_label)}</text>')
+    parts.append(f'<text class="label" x="0" y="{TOP - 14}">{escape(y_label)}</text>')
     return parts
 
 
@@ -172,7 +177,7 @@ def _hits(series: Sequence[Series], x: Scale, y: Scale, x_label: str) -> list[st
 
 
 def _legend(series: Sequence[Series]) -> str:
-    parts, at = [], float(LEFT - 40)
+    parts, at = [], 1.0
     for s in (s for s in series if not s.faint):
         parts.append(f'<line class="line s{s.color}" x1="{at}" x2="{at + 16}" y1="12" y2="12"/>')
         parts.append(f'<text class="key" x="{at + 22}" y="16">{escape(s.name)}</text>')

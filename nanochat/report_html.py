@@ -27,6 +27,7 @@ STAGE_TITLES = {
 SHARES = ("_accuracy", "_abstained", "_abstain", "_em", "_always_first", "_random_weights", "_chance", "_share")
 BLOCKS = {"T": (0, "attention"), "M": (1, "Mamba"), "M2": (2, "Mamba-2")}
 MOST_SAMPLES = 12  # of one kind or task
+SMOOTHED_FROM = 40  # points of a noisy curve
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -75,7 +76,8 @@ def header(title: str, report: Mapping[str, Any]) -> str:
         tokens = sum(s["tokens"] for s in stages.values())
         parts.append(f"{short(tokens)} tokens in {duration(sum(s['seconds'] for s in stages.values()))}")
     machine = report["machine"]
-    parts.append(str(machine.get("gpu") or machine.get("cpu") or ""))
+    cores = f", {machine['cores']} cores" if "cores" in machine else ""
+    parts.append(str(machine.get("gpu") or machine.get("cpu", "") + cores))
     open_stages = [name for name, s in stages.items() if not s["finished"]]
     if open_stages:
         parts.append("not finished: " + ", ".join(open_stages))
@@ -88,7 +90,7 @@ def header(title: str, report: Mapping[str, Any]) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds as people say them: 6 min 12 s."""
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.3g} s"
     whole = round(seconds)
     if whole < 3600:
@@ -177,7 +179,7 @@ def stage(name: str, facts: Mapping[str, Any], records: Sequence[dict[str, Any]]
         "training time": duration(facts["seconds"]),
         "tokens per second": f"{facts['tokens_per_second']:,.0f}",
         "peak memory": size(facts["peak_memory_bytes"]),
-        **{key.replace("_", " "): f"{value:.4g}" for key, value in facts["metrics"].items() if key.startswith("val_")},
+        **{measure(key): f"{value:.4g}" for key, value in facts["metrics"].items() if key.startswith("val_")},
     }
     items = "".join(f"<div><dt>{text(key)}</dt><dd>{text(value)}</dd></div>" for key, value in shown.items())
     charts = "".join(f"<figure>{chart}</figure>" for chart in stage_charts(name, records) if chart)
@@ -185,24 +187,31 @@ def stage(name: str, facts: Mapping[str, Any], records: Sequence[dict[str, Any]]
     return section(STAGE_TITLES.get(name, name), body, name)
 
 
+def measure(key: str) -> str:
+    """What the log calls val_bpb and val_chat_loss, in words."""
+    return "validation bits per byte" if key == "val_bpb" else key.replace("val_", "validation ").replace("_", " ")
+
+
 def stage_charts(name: str, records: Sequence[dict[str, Any]]) -> list[str]:
     """Loss in training and on validation chats (nats a token), bits per byte of validation text, gradient norm."""
-    raw = points(records, "loss")
-    train = [Series("training loss", smooth(raw) if len(raw) >= 30 else raw)]
-    if len(raw) >= 30:
-        train.append(Series("training loss", raw, faint=True))
+    train = curve("training loss", points(records, "loss"), 0)
     keys = sorted({key for record in records for key in record if key.startswith("val_") and key.endswith("_loss")})
     for i, key in enumerate(keys):
-        label = key.replace("val_", "validation ").replace("_", " ")
-        train.append(Series(label, points(records, key), 1 + i % 2, dots=True))
+        train.append(Series(measure(key), points(records, key), 1 + i % 2, dots=True))
     bits = Series("validation text", points(records, "val_bpb"), 1, dots=True)
-    norm = points(records, "grad_norm")
-    norms = [Series("gradient norm", smooth(norm, 0.7), 2), Series("gradient norm", norm, 2, faint=True)]
+    norm = curve("gradient norm", points(records, "grad_norm"), 2)
     return [
         line_chart(f"Loss of {name}", train, "steps", "nats per token"),
         line_chart(f"Bits per byte of {name}", [bits], "steps", "bits per byte"),
-        line_chart(f"Gradient norm of {name}", norms if norm else [], "steps", "norm before clipping"),
+        line_chart(f"Gradient norm of {name}", norm, "steps", "norm before clipping"),
     ]
+
+
+def curve(name: str, raw: Sequence[tuple[float, float]], color: int) -> list[Series]:
+    """A noisy curve: smoothed, with the raw one faint behind it; few points stay as they are."""
+    if len(raw) < SMOOTHED_FROM:
+        return [Series(name, raw, color)]
+    return [Series(name, smooth(raw), color), Series(name, raw, color, faint=True)]
 
 
 def points(records: Iterable[dict[str, Any]], key: str) -> list[tuple[float, float]]:

@@ -25,7 +25,7 @@ section{padding:18px 20px;margin-bottom:16px}
 h2{font-size:17px;margin:0 0 12px}
 .facts{display:flex;flex-wrap:wrap;gap:8px 28px;margin:0 0 10px}
 .facts dt{color:var(--faint);font-size:12.5px}.facts dd{margin:0;font-weight:600;font-variant-numeric:tabular-nums}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(330px,100%),1fr));gap:8px 20px}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(330px,100%),1fr));gap:8px 28px}
 figure{margin:0;max-width:680px}
 .chart{width:100%;height:auto;display:block;overflow:visible}
 .chart text{font-size:12px;fill:var(--soft)}
@@ -51,7 +51,7 @@ tr:last-child td,tr:last-child th{border-bottom:0}
 .range{stroke:var(--s0);stroke-width:4;stroke-linecap:round;opacity:.42}
 .samples{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(320px,100%),1fr));gap:10px}
 article{border:1px solid var(--rule);border-radius:8px;padding:10px 14px;overflow-wrap:anywhere}
-article p{margin:0 0 4px;white-space:pre-wrap;max-height:9.2em;overflow:auto}
+article p{margin:0 0 4px;white-space:pre-wrap;max-height:10.6em;overflow:auto}
 .meta{color:var(--faint);font-size:12px}.user{color:var(--soft)}.model{font-weight:500}
 .model b{font-weight:400;color:var(--soft)}
 .gold{color:var(--soft);font-size:13px}.good{color:var(--good);font-weight:600}.bad{color:var(--bad);font-weight:600}

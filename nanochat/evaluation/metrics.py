@@ -6,6 +6,7 @@ bootstrap for means and ratios (Efron 1979), resampling whole rows, since tokens
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -96,7 +97,8 @@ def write_metrics(path: str | Path, metrics: Mapping[str, Metric], **more: Any) 
         temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise NanochatError(f"could not write {path}: {error.strerror or error}") from error
     return path
 
