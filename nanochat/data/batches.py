@@ -107,10 +107,10 @@ class Lane:
         return min(range(len(self.buffer)), key=lambda i: self.buffer[i].arrival)
 
     def best(self, room: int) -> int | None:
-        """Where the longest piece that fits stands, of the earliest epoch that has one; None: all are longer."""
-        start = 0
-        while start < len(self.buffer):
-            epoch = self.buffer[start].epoch
+        """Where the longest piece that fits stands, of the earliest epoch or else of the next; None: all are longer.
+        Later epochs have to wait, or the shortest document of a small set would fill every gap."""
+        start, last = 0, self.buffer[0].epoch + 1
+        while start < len(self.buffer) and (epoch := self.buffer[start].epoch) <= last:
             end = bisect_right(self.buffer, epoch, lo=start, key=lambda item: item.epoch)
             at = bisect_right(self.buffer, room, lo=start, hi=end, key=lambda item: item.length)
             if at > start:
@@ -246,13 +246,12 @@ class Packer:
             if lane is not None and number >= lane.next[2]:
                 wanted.append((lane, epoch, raw))
             index, number = index + 1, number + 1
-        ended = (epoch, index, number) == self.position
-        self.position = (epoch, index, number)
+        before, self.position = self.position, (epoch, index, number)
         for (lane, of_epoch, _), piece in zip(wanted, self.source.encode([raw for *_, raw in wanted])):
             self.hand(lane, of_epoch, piece)
         for lane in self.lanes.values():
             lane.next = max(lane.next, self.position, key=lambda at: (at[2], at[0]))  # an epoch may end with a read
-        return not ended
+        return self.position != before
 
     def hand(self, lane: Lane, epoch: int, piece: Piece | None) -> None:
         """Put a piece where its lane takes it from. Raises NanochatError when a whole epoch gave none."""
