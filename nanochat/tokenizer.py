@@ -294,7 +294,7 @@ class _TrainingText:
                 text = text[: self.max_chars - self.n_chars]
             self.n_chars += len(text)
             try:
-                text.encode()  # also caches the UTF-8 form that rustbpe reads next
+                text.encode()  # lone surrogates have no UTF-8 form, and rustbpe takes nothing else
             except UnicodeEncodeError:
                 text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             yield from _slices(text)
