@@ -15,10 +15,11 @@
 #   MINUTES=10 MID_MINUTES=3 SFT_MINUTES=3               of training
 #   PROBLEMS=200                                         problems of each task to evaluate
 #   PROMPT="..." ARGS="..."                              the question; more flags for every training stage
+#   NANOCHAT=.venv/bin/nanochat                          the program
 set -euo pipefail
 
 if [ $# -lt 1 ] || [ $# -gt 2 ]; then
-    sed -n '4,20s/^# \{0,1\}//p' "$0" >&2
+    sed -n '4,21s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
 data=$1
@@ -34,7 +35,9 @@ problems=${PROBLEMS:-200}
 prompt=${PROMPT:-"Natalia has 3 boxes with 4 pens each. How many pens does she have?"}
 read -r -a args <<< "${ARGS:-}"
 
-if [ -x .venv/bin/nanochat ]; then nanochat=.venv/bin/nanochat; else nanochat=nanochat; fi
+nanochat=nanochat
+if [ -x .venv/bin/nanochat ]; then nanochat=.venv/bin/nanochat; fi
+nanochat=${NANOCHAT:-$nanochat}
 say() { printf '\n== %s\n' "$*"; }
 
 split_rows() { # NAME FILE: four rows in five to NAME-train.jsonl, every fifth to NAME-eval.jsonl

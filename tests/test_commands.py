@@ -6,6 +6,7 @@ Parsing happens for real: the command's own function is called, and stopped wher
 import contextlib
 import io
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 from nanochat import cli, config
+from nanochat.tasks.registry import open_mixture
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -194,9 +196,62 @@ def test_make_help_lists_every_target() -> None:
     assert set(re.findall(r"^make ([\w-]+)", shown.stdout, flags=re.M)) == phony
 
 
-def test_real_text_script(tmp_path: Path) -> None:
-    script = ROOT / "runs" / "real_text.sh"
-    without = subprocess.run([str(script)], capture_output=True, text=True)
-    assert without.returncode == 2
-    assert "runs/real_text.sh DIR" in without.stderr
-    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+def real_text(tmp_path: Path, shared: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    (tmp_path / "texts").mkdir()
+    for i in range(80):
+        (tmp_path / "texts" / f"{i}.txt").write_text(f"Text {i}, and a number: {i * i}.\n" * 20)
+    environment = {**os.environ, "NANOCHAT_OUT": str(tmp_path / "out"), "NANOCHAT_SHARED": str(shared), **variables}
+    command = [str(ROOT / "runs" / "real_text.sh"), str(tmp_path / "texts"), "mine"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def write_public_files(shared: Path) -> None:
+    """A few rows in the public formats, under the names that the script looks for."""
+    choices = {"text": ["a", "b"], "label": ["A", "B"]}
+    rows = {
+        "gsm8k/train.jsonl": {"question": "1 + 1?", "answer": "It is <<1+1=2>>2.\n#### 2"},
+        "gsm8k/test.jsonl": {"question": "1 + 2?", "answer": "#### 3"},
+        "arc/ARC-Easy-test.jsonl": {"question": "Which?", "choices": choices, "answerKey": "B"},
+        "mmlu/test.jsonl": {"question": "Which?", "subject": "s", "choices": ["a", "b", "c", "d"], "answer": 3},
+    }
+    for name, row in rows.items():
+        (shared / name).parent.mkdir(parents=True, exist_ok=True)
+        (shared / name).write_text((json.dumps(row) + "\n") * 10)
+
+
+@pytest.mark.parametrize("public", [True, False])
+def test_real_text_script_calls_commands_that_parse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, public: bool
+) -> None:
+    """The script with a program that only writes down how it was called."""
+    (tmp_path / "nanochat").write_text(f"#!/usr/bin/env bash\nprintf '%s\\n' \"$@\" '' >> {tmp_path}/calls\n")
+    (tmp_path / "nanochat").chmod(0o755)
+    if public:
+        write_public_files(tmp_path / "shared")
+    done = real_text(tmp_path, tmp_path / "shared", NANOCHAT=str(tmp_path / "nanochat"))
+    assert done.returncode == 0, done.stderr
+    calls = [call.split("\n") for call in (tmp_path / "calls").read_text().strip().split("\n\n")]
+    assert [call[0] for call in calls] == [
+        *("tok_train", "base_train", "mid_train", "chat_sft", "base_eval", "chat_eval", "report", "chat_cli")
+    ]
+    monkeypatch.chdir(ROOT)
+    settings = [parsed(call, monkeypatch) for call in calls]
+    assert {s.run for s in settings} == {"mine"}
+    trained, evaluated = (open_mixture(s.tasks) for s in (settings[3], settings[5]))
+    assert (len(trained), len(evaluated)) == (10 + 8 + 8, 10 + 2 + 2) if public else len(trained) > len(evaluated) > 0
+
+
+@pytest.mark.slow
+def test_real_text_script_runs(tmp_path: Path) -> None:
+    tiny = {"DEPTH": "2", "VOCAB": "400", "SEQ": "64", "BATCH": "2", "PROBLEMS": "2", "ARGS": "--d_model=64"}
+    minutes = dict.fromkeys(("MINUTES", "MID_MINUTES", "SFT_MINUTES"), "0.02")
+    done = real_text(tmp_path, tmp_path / "none", **tiny, **minutes)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "mine" / "report.html").exists()
+
+
+def test_real_text_script_without_arguments_says_how_to_call_it() -> None:
+    done = subprocess.run([str(ROOT / "runs" / "real_text.sh")], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "runs/real_text.sh DIR" in done.stderr
+    assert "NANOCHAT=" in done.stderr
