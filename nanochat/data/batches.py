@@ -1,4 +1,4 @@
-"""Tokens to packed batches: rows with document boundaries, several lanes, an exact cursor, a background thread.
+"""Tokens to packed batches: rows with document boundaries, several lanes, an exact cursor.
 
 A *piece* is a run of (input, target) pairs of one document. A document of n tokens gives n pairs (the last target is
 the next document's <|bos|>, which stands for its end), so a document may be cut anywhere and no pair is lost. A row
@@ -15,13 +15,11 @@ buffer: exact.
 
 from __future__ import annotations
 
-import queue
-import threading
 from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -43,10 +41,12 @@ class Batch(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """(input, target) pairs of one document, int32 each."""
+    """(input, target) pairs of one document, int32 each, and what the source had to leave out of it."""
 
     inputs: np.ndarray
     targets: np.ndarray
+    cropped: int = 0  # tokens
+    dropped_turns: int = 0
 
 
 class Source(Protocol):
@@ -67,6 +67,7 @@ class Report:
     tokens: int = 0
     padded: int = 0
     cropped: int = 0  # tokens cut off because a conversation was longer than a row
+    dropped_turns: int = 0  # turns left out for the same reason; their tokens are not counted
     split: int = 0  # documents continued in another row
     skipped: int = 0  # documents with nothing to train on
 
@@ -255,6 +256,9 @@ class Packer:
 
     def hand(self, lane: Lane, epoch: int, piece: Piece | None) -> None:
         """Put a piece where its lane takes it from. Raises NanochatError when a whole epoch gave none."""
+        if piece is not None:
+            self.report.cropped += piece.cropped
+            self.report.dropped_turns += piece.dropped_turns
         if piece is not None and not self.split and len(piece.inputs) > self.T:
             self.report.cropped += len(piece.inputs) - self.T
             piece = Piece(piece.inputs[: self.T], piece.targets[: self.T])
@@ -343,58 +347,3 @@ def part(arrays: dict[str, Any]) -> list[tuple[int, Piece]]:
     inputs = np.split(np.asarray(arrays["inputs"], dtype=np.int32), ends)
     targets = np.split(np.asarray(arrays["targets"], dtype=np.int32), ends)
     return [(epoch, Piece(a, b)) for epoch, a, b in zip(epochs, inputs, targets)]
-
-
-Made: TypeAlias = "tuple[Batch, Cursor] | BaseException | None"
-
-
-class Background:
-    """Makes batches in a thread, a few ahead. `cursor` stands behind the batch taken last, whatever was made ahead."""
-
-    def __init__(self, packer: Packer, n_rows: int, ahead: int = 4) -> None:
-        self.packer, self.n_rows = packer, n_rows
-        self.cursor = packer.cursor()
-        self.ready: queue.Queue[Made] = queue.Queue(maxsize=ahead)
-        self.stop = threading.Event()
-        self.thread = threading.Thread(target=self.run, name="batches", daemon=True)
-        self.thread.start()
-
-    def run(self) -> None:
-        item: Made
-        try:
-            while not self.stop.is_set():
-                batch = self.packer.batch(self.n_rows)
-                item = None if batch is None else (batch, self.packer.cursor())
-                self.put(item)
-                if item is None:
-                    return
-        except BaseException as error:  # handed to the consumer, where it is raised
-            self.put(error)
-
-    def put(self, item: Made) -> None:
-        while not self.stop.is_set():
-            try:
-                self.ready.put(item, timeout=0.2)
-                return
-            except queue.Full:
-                continue
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        item = self.ready.get()
-        if not isinstance(item, tuple):  # the thread has ended: say so again to whoever asks again
-            self.ready.put(item)
-            if item is None:
-                raise StopIteration
-            raise item
-        batch, self.cursor = item
-        return batch
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.cursor.state_dict(self.packer.n_lanes)
-
-    def close(self) -> None:
-        self.stop.set()
-        self.thread.join()

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from nanochat.data.batches import IGNORED, Background, Batch, Packer, Piece, Report, Source
+from nanochat.data.background import Background
+from nanochat.data.batches import IGNORED, Batch, Packer, Piece, Report, Source
 from nanochat.data.corpus import Corpus
 from nanochat.errors import UsageError
 from nanochat.evaluation.language import Losses, bits_per_byte
@@ -54,7 +55,6 @@ class ChatSource:
     def __init__(self, task: Task, tokenizer: Tokenizer, max_tokens: int, seed: int, shuffle: bool = True) -> None:
         self.task, self.tokenizer, self.max_tokens, self.seed, self.shuffle = task, tokenizer, max_tokens, seed, shuffle
         self.name = f"{task.name} ({len(task):,} conversations, order {seed})"
-        self.dropped_turns = 0
 
     def read(self, epoch: int, start: int) -> Iterator[dict[str, Any]]:
         n = len(self.task)
@@ -66,12 +66,12 @@ class ChatSource:
 
     def piece(self, conversation: dict[str, Any]) -> Piece | None:
         rendered = self.tokenizer.render(conversation, self.max_tokens + 1)
-        self.dropped_turns += rendered.dropped_turns
         ids = np.array(rendered.ids, dtype=np.int32)
         mask = np.array(rendered.mask[1:], dtype=bool)
         if not mask.any():
             return None
-        return Piece(ids[:-1], np.where(mask, ids[1:], np.int32(IGNORED)))
+        targets = np.where(mask, ids[1:], np.int32(IGNORED))
+        return Piece(ids[:-1], targets, rendered.truncated_tokens, rendered.dropped_turns)
 
 
 class PackedStage:
@@ -177,6 +177,7 @@ class PackedStage:
             found[f"{name}_cropped_share"] = round(report.cropped_share, 5)
             found[f"{name}_split_documents"] = report.split
             found[f"{name}_skipped_documents"] = report.skipped
+            found[f"{name}_dropped_turns"] = report.dropped_turns
         return found
 
     def close(self) -> None:

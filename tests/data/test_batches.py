@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.data.batches import IGNORED, Background, Batch, Packer, Piece
+from nanochat.data.background import Background
+from nanochat.data.batches import IGNORED, Batch, Packer, Piece
 from nanochat.errors import NanochatError, UsageError
 from nanochat.nest import pack, unpack
 
