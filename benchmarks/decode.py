@@ -2,8 +2,8 @@
 
     python -m benchmarks.decode [--shape d12|d4] [--pattern transformer] [--weights fp32 bf16 int8] [--peer CHECKOUT]
 
-Random weights, vocabulary 32768, prompt of 512 tokens, temperature 1, tokens/s of the fastest step on both sides (what else
-runs on the machine can only add time). Ratios:
+Random weights, vocabulary 32768, prompt of 512 tokens, temperature 1, tokens/s of the fastest step on both sides (what
+else runs on the machine can only add time). Ratios:
 
     share_of_read_bandwidth_b1   bytes of weights and states read for a token / time / measured read bandwidth (fp32)
     batch8_over_batch1           tokens/s of 8 rows over 1 row (fp32)

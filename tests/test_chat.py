@@ -7,11 +7,12 @@ import torch
 
 import nanochat
 from nanochat import checkpoint, terminal
-from nanochat.chat import ChatModel, load, main, make_sampling
+from nanochat.chat import ChatModel, load, make_sampling
 from nanochat.engine.sampling import Sampling
 from nanochat.errors import NanochatError, UsageError
 from nanochat.model.config import ModelConfig
 from nanochat.model.lm import LM
+from nanochat.terminal import chat_cli
 from nanochat.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer([bytes([i]) for i in range(256)])
@@ -133,7 +134,7 @@ def test_sampling_options_become_sampling():
 
 
 def test_one_shot_prints_the_answer_and_the_speed(chat, out, capsys):
-    assert main(["-p", "Hi", "--out_dir", str(out), "--temperature=0", "--max-tokens", "8"]) == 0
+    assert chat_cli(["-p", "Hi", "--out_dir", str(out), "--temperature=0", "--max-tokens", "8"]) == 0
     shown = capsys.readouterr()
     assert shown.out == chat.chat("Hi", **GREEDY) + "\n"
     assert "tok/s" in shown.err
@@ -142,9 +143,9 @@ def test_one_shot_prints_the_answer_and_the_speed(chat, out, capsys):
 def test_a_base_model_continues_text_unless_told_otherwise(out, capsys):
     base = load("base", out_dir=out)
     common = ["-p", "Hi", "--out_dir", str(out), "--source", "base", "--temperature=0", "--max-tokens", "8"]
-    main(common)
+    chat_cli(common)
     assert capsys.readouterr().out == base.generate("Hi", **GREEDY) + "\n"
-    main([*common, "--mode", "chat"])
+    chat_cli([*common, "--mode", "chat"])
     assert capsys.readouterr().out == base.chat("Hi", **GREEDY) + "\n"
 
 
@@ -166,7 +167,7 @@ def test_a_conversation_at_the_prompt(out, monkeypatch, capsys):
     type_lines(
         monkeypatch, "Hi", "/temp 0", "/top_k", "/retry", KeyboardInterrupt, "/nonsense", "/temp x", "/help", "/new", ""
     )
-    assert main(["--out_dir", str(out), "--max_tokens=4"]) == 0
+    assert chat_cli(["--out_dir", str(out), "--max_tokens=4"]) == 0
     shown = capsys.readouterr()
     assert shown.err.count("tok/s") == 2
     assert "temperature 0.0" in shown.out

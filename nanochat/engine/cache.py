@@ -54,13 +54,14 @@ def _join_layer(states: list[State]) -> State:
 
 
 def _cat(parts: list[Tensor]) -> Tensor:
-    """Along the batch. Where the second dimension (the tokens in a cache) differs, shorter ones get zeros behind."""
-    if parts[0].dim() < 2 or len({part.size(1) for part in parts}) == 1:
+    """Along the batch. Where another dimension (the tokens in a cache) differs, shorter ones get zeros behind."""
+    if len({part.shape[1:] for part in parts}) == 1:
         return torch.cat(parts)
-    n_rows, longest = sum(part.size(0) for part in parts), max(part.size(1) for part in parts)
-    out = parts[0].new_zeros(n_rows, longest, *parts[0].shape[2:])
+    largest = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts))]
+    out = parts[0].new_zeros(sum(part.size(0) for part in parts), *largest)
     row = 0
     for part in parts:
-        out[row : row + part.size(0), : part.size(1)] = part
+        inside = (slice(row, row + part.size(0)), *(slice(n) for n in part.shape[1:]))
+        out[inside] = part
         row += part.size(0)
     return out

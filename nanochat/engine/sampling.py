@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.errors import UsageError
 
+BLOCK = 128  # tokens whose weights are summed together when drawing from a large vocabulary
 FIRST_CANDIDATES = 512  # top-p rarely needs more; sorting the whole vocabulary costs 20 times as much
 
 
@@ -21,8 +23,8 @@ FIRST_CANDIDATES = 512  # top-p rarely needs more; sorting the whole vocabulary 
 class Sampling:
     """How to choose tokens and when to stop. Raises UsageError for values out of range.
 
-    The filters apply in this order, each to what the one before left: temperature, top-k, top-p (nucleus, arXiv
-    1904.09751), min-p (arXiv 2407.01082).
+    The filters apply in this order, each to what the one before left: temperature, min-p (arXiv 2407.01082), top-k,
+    top-p (nucleus, arXiv 1904.09751).
     """
 
     max_tokens: int = 256  # fewer when the context is full before
@@ -65,58 +67,69 @@ class Stream:
 def sample(logits_BV: Tensor, sampling: Sampling, streams: Sequence[Stream]) -> tuple[list[int], list[float]]:
     """A token for each row, and its log-probability in nats under the model itself (temperature 1, before any filter).
 
-    Each row's token depends on that row's logits and stream only.
+    Each row's token depends on that row's logits and stream only. Overwrites the logits: with a large vocabulary, fresh
+    memory costs more than the arithmetic.
     """
-    logits_BV = logits_BV.float()
-    if sampling.temperature == 0.0 or sampling.top_k == 1:
-        best_B, ids_B = logits_BV.max(dim=-1)
-    else:
+    best_B1, ids_B1 = logits_BV.max(dim=-1, keepdim=True)
+    below_BV = logits_BV.sub_(best_B1)
+    weights_BV = torch.exp(below_BV)
+    norm_B = weights_BV.sum(dim=-1)
+    if sampling.temperature > 0.0 and sampling.top_k != 1:
         uniform_B = torch.tensor([stream.uniform() for stream in streams], device=logits_BV.device)
-        ids_B = draw(logits_BV, sampling, uniform_B)
-        best_B = logits_BV.gather(1, ids_B[:, None])[:, 0]
-    logprobs_B = best_B - logits_BV.logsumexp(dim=-1)
-    return ids_B.tolist(), logprobs_B.tolist()
+        if sampling.temperature != 1.0:
+            weights_BV = torch.mul(below_BV, 1 / sampling.temperature, out=weights_BV).exp_()
+        ids_B1 = draw(weights_BV, sampling, uniform_B)[:, None]
+    logprobs_B = below_BV.gather(1, ids_B1)[:, 0] - norm_B.log()
+    return ids_B1[:, 0].tolist(), logprobs_B.tolist()
 
 
-def draw(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor) -> Tensor:
-    """The token of each row at which the filtered cumulative distribution passes `uniform_B`."""
-    scaled_BV = logits_BV / sampling.temperature
+def draw(weights_BV: Tensor, sampling: Sampling, uniform_B: Tensor) -> Tensor:
+    """The token of each row at which the filtered cumulative distribution passes `uniform_B`. `weights_BV`:
+    probabilities relative to that of the most likely token."""
+    if sampling.min_p:
+        weights_BV.masked_fill_(weights_BV < sampling.min_p, 0.0)
     if not sampling.top_k and sampling.top_p == 1.0:
-        return invert(apply_min_p(torch.softmax(scaled_BV, dim=-1), sampling.min_p), uniform_B)
-    values_BK, index_BK = candidates(scaled_BV, sampling)
-    probs_BK = torch.softmax(values_BK, dim=-1) if sampling.top_k else exp_normalised(values_BK, scaled_BV)
+        return invert(weights_BV, uniform_B)
+    kept_BK, index_BK = candidates(weights_BV, sampling)
     if sampling.top_p < 1.0:
-        before_BK = probs_BK.cumsum(dim=-1) - probs_BK  # the first token always stays
-        probs_BK = probs_BK.masked_fill(before_BK >= sampling.top_p, 0.0)
-    choice_B = invert(apply_min_p(probs_BK, sampling.min_p), uniform_B)
+        mass_B1 = (kept_BK if sampling.top_k else weights_BV).sum(dim=-1, keepdim=True)
+        before_BK = kept_BK.cumsum(dim=-1) - kept_BK  # the first token always stays
+        kept_BK = kept_BK.masked_fill(before_BK >= sampling.top_p * mass_B1, 0.0)
+    choice_B = invert(kept_BK, uniform_B)
     return index_BK.gather(1, choice_B[:, None])[:, 0]
 
 
-def candidates(scaled_BV: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+def candidates(weights_BV: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """The most likely tokens, best first: the top k, or at least as many as top-p can need."""
-    n_vocab = scaled_BV.size(-1)
+    n_vocab = weights_BV.size(-1)
     if sampling.top_k:
-        return scaled_BV.topk(min(sampling.top_k, n_vocab), dim=-1)
-    values_BK, index_BK = scaled_BV.topk(min(FIRST_CANDIDATES, n_vocab), dim=-1)
-    if bool((exp_normalised(values_BK, scaled_BV).sum(dim=-1) < sampling.top_p).any()):
-        return scaled_BV.sort(dim=-1, descending=True)
-    return values_BK, index_BK
+        return weights_BV.topk(min(sampling.top_k, n_vocab), dim=-1)
+    kept_BK, index_BK = weights_BV.topk(min(FIRST_CANDIDATES, n_vocab), dim=-1)
+    if bool((kept_BK.sum(dim=-1) < sampling.top_p * weights_BV.sum(dim=-1)).any()):
+        return weights_BV.sort(dim=-1, descending=True)
+    return kept_BK, index_BK
 
 
-def exp_normalised(values_BK: Tensor, scaled_BV: Tensor) -> Tensor:
-    """Probabilities of some tokens under the softmax over all of them."""
-    return torch.exp(values_BK - scaled_BV.logsumexp(dim=-1, keepdim=True))
+def invert(weights_BK: Tensor, uniform_B: Tensor) -> Tensor:
+    """Inverse of the cumulative distribution of weights that need not sum to 1; weight 0 is never chosen.
+
+    In two levels, sums of blocks and then inside one block: a running sum over a whole vocabulary is slow.
+    """
+    n_rows, n = weights_BK.shape
+    if n <= 2 * BLOCK:
+        return _invert(weights_BK, uniform_B)[0]
+    blocks = F.pad(weights_BK, (0, -n % BLOCK)).view(n_rows, -1, BLOCK)
+    block_B, rest_B = _invert(blocks.sum(dim=-1), uniform_B)
+    inside_BK = blocks[torch.arange(n_rows, device=blocks.device), block_B]
+    return block_B * BLOCK + _invert(inside_BK, rest_B)[0]
 
 
-def apply_min_p(probs_BK: Tensor, min_p: float) -> Tensor:
-    if min_p == 0.0:
-        return probs_BK
-    return probs_BK.masked_fill(probs_BK < min_p * probs_BK.amax(dim=-1, keepdim=True), 0.0)
-
-
-def invert(probs_BK: Tensor, uniform_B: Tensor) -> Tensor:
-    """Inverse of the cumulative distribution. `probs_BK` need not sum to 1; probability 0 is never chosen."""
-    total_BK = probs_BK.cumsum(dim=-1)
-    mass_B = total_BK[:, -1]
-    below_B = torch.minimum(uniform_B * mass_B, torch.nextafter(mass_B, torch.zeros_like(mass_B)))
-    return torch.searchsorted(total_BK, below_B[:, None], right=True)[:, 0]
+def _invert(weights_BK: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
+    """The index at which the running sum passes uniform * total, and how far (0 to 1) into its weight that is."""
+    sums_BK = weights_BK.cumsum(dim=-1)
+    total_B = sums_BK[:, -1]
+    at_B = torch.minimum(uniform_B * total_B, torch.nextafter(total_B, torch.zeros_like(total_B)))
+    index_B1 = torch.searchsorted(sums_BK, at_B[:, None], right=True)
+    weight_B = weights_BK.gather(1, index_B1)[:, 0]
+    into_B = (at_B - (sums_BK.gather(1, index_B1)[:, 0] - weight_B)) / weight_B
+    return index_B1[:, 0], into_B.clamp(0.0, 1.0)

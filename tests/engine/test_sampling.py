@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.engine.sampling import Sampling, Stream, sample
+from nanochat.engine.sampling import Sampling, Stream, invert, sample
 from nanochat.errors import UsageError
 
 
@@ -15,6 +15,7 @@ def allowed(logits: list[float], s: Sampling) -> dict[int, float]:
     """token -> probability, straight from the definitions."""
     probs = torch.softmax(torch.tensor(logits, dtype=torch.float64) / s.temperature, 0).tolist()
     ranked = sorted(range(len(probs)), key=lambda i: -probs[i])
+    ranked = [i for i in ranked if probs[i] >= s.min_p * probs[ranked[0]]]
     if s.top_k:
         ranked = ranked[: s.top_k]
     total = sum(probs[i] for i in ranked)
@@ -24,7 +25,6 @@ def allowed(logits: list[float], s: Sampling) -> dict[int, float]:
             break
         kept.append(i)
         mass += probs[i] / total
-    kept = [i for i in kept if probs[i] >= s.min_p * probs[kept[0]]]
     total = sum(probs[i] for i in kept)
     return {i: probs[i] / total for i in kept}
 
@@ -57,7 +57,7 @@ def test_frequencies_follow_the_definition(options):
 )
 def test_every_choice_is_allowed(logits, temperature, top_k, top_p, min_p, seed):
     s = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
-    ids, _ = sample(torch.tensor([logits]), s, [Stream(seed, 0)])
+    ids, _ = sample(torch.tensor([logits], dtype=torch.float32), s, [Stream(seed, 0)])
     # Rounding may move the border of a filter: compare with slightly wider ones.
     wide = Sampling(temperature=temperature, top_p=min(1.0, top_p + 1e-4), min_p=max(0.0, min_p - 1e-4))
     probs = allowed(logits, wide)
@@ -70,22 +70,22 @@ def test_every_choice_is_allowed(logits, temperature, top_k, top_p, min_p, seed)
 def test_greedy_and_top_k_one_take_the_best():
     logits = torch.randn(5, 1000, generator=torch.Generator().manual_seed(0))
     for s in (Sampling(temperature=0.0), Sampling(top_k=1)):
-        assert sample(logits, s, [])[0] == logits.argmax(1).tolist()
+        assert sample(logits.clone(), s, [])[0] == logits.argmax(1).tolist()
 
 
 def test_a_row_does_not_depend_on_its_batch():
     logits = torch.randn(8, 3000, generator=torch.Generator().manual_seed(1)) * 4
     for options in ({}, {"top_p": 0.9}, {"top_k": 20, "min_p": 0.05}, {"top_p": 0.9999}):
         s = Sampling(seed=5, **options)
-        whole, _ = sample(logits, s, [Stream(5, j) for j in range(8)])
-        alone = [sample(logits[j : j + 1], s, [Stream(5, j)])[0][0] for j in range(8)]
+        whole, _ = sample(logits.clone(), s, [Stream(5, j) for j in range(8)])
+        alone = [sample(logits[j : j + 1].clone(), s, [Stream(5, j)])[0][0] for j in range(8)]
         assert whole == alone
 
 
 def test_top_p_reaches_beyond_the_first_candidates():
     flat = torch.zeros(1, 5000)
     s = Sampling(temperature=1.0, top_p=0.99)
-    ids = {sample(flat, s, [Stream(1, j)])[0][0] for j in range(200)}
+    ids = {sample(flat.clone(), s, [Stream(1, j)])[0][0] for j in range(200)}
     assert len(ids) > 150
 
 
@@ -105,7 +105,7 @@ def test_extreme_uniforms_never_choose_an_impossible_token():
 
     logits = torch.tensor([[-torch.inf, 1.0, -torch.inf, 0.5, -torch.inf]])
     for u, expected in ((0.0, 1), (1 - 2**-24, 3)):
-        assert sample(logits, Sampling(temperature=1.0), [Edge(u)])[0] == [expected]
+        assert sample(logits.clone(), Sampling(temperature=1.0), [Edge(u)])[0] == [expected]
 
 
 @pytest.mark.parametrize(
@@ -129,3 +129,15 @@ def test_values_out_of_range_are_refused(options, message):
 def test_one_stop_string_may_stand_alone():
     assert Sampling(stop="END").stop == ("END",)
     assert Sampling(stop=["a", "b"]).stop == ("a", "b")
+
+
+def test_a_large_vocabulary_is_drawn_from_in_two_levels():
+    weights = torch.rand(1, 1000, generator=torch.Generator().manual_seed(0)) * (torch.arange(1000) % 3 > 0)
+    sums = weights.double().cumsum(1)[0]
+    n = 2000
+    uniform = torch.arange(n) / n
+    chosen = invert(weights.repeat(n, 1), uniform)
+    assert (weights[0, chosen] > 0).all()
+    expected = torch.searchsorted(sums, uniform.double() * sums[-1], right=True)
+    assert (chosen - expected).abs().max() <= 2  # the neighbour, where rounding decides
+    assert (chosen != expected).float().mean() < 0.01
