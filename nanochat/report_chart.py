@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import accumulate
 
 WIDTH, HEIGHT = 400, 260
 LEFT, RIGHT, TOP, BOTTOM = 46, 46, 50, 42
@@ -29,12 +30,16 @@ class Series:
     dots: bool = False
 
 
-def smooth(points: Sequence[Point], weight: float = 0.9) -> list[Point]:
-    """Exponential moving average of y, without the bias towards 0 at the beginning."""
-    smoothed, average, norm = [], 0.0, 0.0
-    for x, y in points:
-        average, norm = weight * average + (1 - weight) * y, weight * norm + 1 - weight
-        smoothed.append((x, average / norm))
+def smooth(points: Sequence[Point]) -> list[Point]:
+    """Each finite y as the mean over its neighbours, a fiftieth of the curve to either side. Centred, so that the curve
+    does not lag behind; the first point stays as it is, since a loss falls fastest there."""
+    points = finite(points)
+    reach, n = max(1, len(points) // 50), len(points)
+    sums = [0.0, *accumulate(y for _, y in points)]
+    smoothed = []
+    for i, (x, _) in enumerate(points):
+        before, after = min(i, reach), min(i, reach, n - 1 - i)
+        smoothed.append((x, (sums[i + after + 1] - sums[i - before]) / (after + before + 1)))
     return smoothed
 
 

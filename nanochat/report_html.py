@@ -17,7 +17,7 @@ HEADLINES = {
     "closed_book_new_abstain": ("Unknown things admitted", "abstains where nothing was learnt"),
     "val_bpb": ("Bits per byte", "validation text, lower is better"),
     "tokens_per_second": ("Tokens per second", "in training"),
-    "train_seconds": ("Training time", ""),
+    "train_seconds": ("Training time", "all stages together"),
 }
 STAGE_TITLES = {
     "base": "Base: pretraining on raw text",
@@ -27,7 +27,7 @@ STAGE_TITLES = {
 SHARES = ("_accuracy", "_abstained", "_abstain", "_em", "_always_first", "_random_weights", "_chance", "_share")
 BLOCKS = {"T": (0, "attention"), "M": (1, "Mamba"), "M2": (2, "Mamba-2")}
 MOST_SAMPLES = 12  # of one kind or task
-SMOOTHED_FROM = 40  # points of a noisy curve
+SMOOTHED_FROM = 100  # points of a noisy curve
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -73,8 +73,7 @@ def header(title: str, report: Mapping[str, Any]) -> str:
         counts, shape = facts["parameters"], facts["config"]
         parts.append(f"{short(counts['total'])} parameters, {len(facts['blocks'])} layers, width {shape['d_model']}")
     if stages:
-        tokens = sum(s["tokens"] for s in stages.values())
-        parts.append(f"{short(tokens)} tokens in {duration(sum(s['seconds'] for s in stages.values()))}")
+        parts.append(f"trained on {short(sum(s['tokens'] for s in stages.values()))} tokens")
     machine = report["machine"]
     cores = f", {machine['cores']} cores" if "cores" in machine else ""
     parts.append(str(machine.get("gpu") or machine.get("cpu", "") + cores))

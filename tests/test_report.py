@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat import checkpoint, report
@@ -86,7 +86,7 @@ def add_evaluation(run, kind, stage, metrics, samples=()):
 def run(tmp_path):
     run = tmp_path / "out" / "demo"
     add_stage(run, "base")
-    add_stage(run, "sft", n=50, val="val_chat_loss")
+    add_stage(run, "sft", n=120, val="val_chat_loss")
     share = {"value": 0.75, "n": 40, "low": 0.6, "high": 0.86}
     sample = {"task": "quiz", "question": NASTY, "answer": "<b>7</b>", "gold": "8", "right": False}
     add_evaluation(run, "chat_eval", "sft", {"quiz_accuracy": share}, [sample])
@@ -107,7 +107,7 @@ def test_json_has_metrics_stages_machine_samples_and_version(run):
         assert metric["low"] <= metric["value"] <= metric["high"]
     assert record["metrics"]["quiz_accuracy"] == {"value": 0.75, "n": 40, "low": 0.6, "high": 0.86}
     assert record["metrics"]["val_bpb"]["n"] == 9
-    assert record["metrics"]["train_seconds"]["value"] == pytest.approx(1.2 + 5.0)
+    assert record["metrics"]["train_seconds"]["value"] == pytest.approx(1.2 + 12.0)
     assert record["metrics"]["tokens_per_second"]["value"] == pytest.approx(640.0, rel=1e-3)
     base = record["stages"]["base"]
     assert list(record["stages"]) == ["base", "sft"]
@@ -132,7 +132,7 @@ def test_model_facts_are_those_of_the_model(run):
 def test_page_has_curves_metrics_samples_timings_and_settings(run):
     write_report(run)
     page = read(run)[1]
-    # base: loss, bits per byte, gradient norm; sft (50 steps): smoothed and raw loss, chat loss, norm twice
+    # base: loss, bits per byte, gradient norm; sft (120 steps): smoothed and raw loss, chat loss, norm twice
     assert page.tags.count("svg") == 3 + 2 + 1  # and one picture of a share
     assert len(page.lines) == 3 + 5
     assert sum("faint" in classes for classes, _ in page.lines) == 2
@@ -221,14 +221,14 @@ def test_metrics_that_stages_share_keep_apart(run):
 
 def test_damaged_files_are_left_out_with_a_warning(run, caplog):
     (run / "chat_eval_mid.json").write_text("{")
-    meta = run / "sft" / "step_000050" / "meta.json"
-    meta.write_text(meta.read_text().replace("50", "51"))
+    meta = run / "sft" / "step_000120" / "meta.json"
+    meta.write_text(meta.read_text().replace("120", "121"))
     write_report(run)
     assert "chat_eval_mid.json" in caplog.text
     assert "meta.json is damaged" in caplog.text
     record, _ = read(run)
     assert record["model"]["stage"] == "base"
-    assert record["stages"]["sft"]["step"] == 50  # from the log
+    assert record["stages"]["sft"]["step"] == 120  # from the log
 
 
 def test_a_loss_that_is_no_number_leaves_the_rest(run):
@@ -272,6 +272,7 @@ def test_read_log_of_no_file_is_empty(tmp_path):
 positive = st.floats(1e-6, 1e6)
 
 
+@settings(deadline=None)
 @given(positive, st.floats(1.0001, 1e6))
 def test_ticks_lie_inside_and_rise(low, factor):
     high = low * factor
@@ -281,6 +282,7 @@ def test_ticks_lie_inside_and_rise(low, factor):
         assert all(low * (1 - 1e-6) <= tick <= high * (1 + 1e-6) for tick in ticks)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 1e9), st.floats(allow_nan=True, allow_infinity=True)), max_size=30))
 def test_any_curve_makes_a_chart_or_nothing(points):
     html = line_chart("t<", [Series("s&", sorted(points, key=lambda p: p[0]))], "x", "y")
@@ -297,8 +299,14 @@ def test_scales():
     assert [round(log(v)) for v in (0.01, 1, 100)] == [0, 200, 400]
 
 
-def test_smooth_is_unbiased_and_thin_keeps_the_end():
-    assert smooth([(i, 3.0) for i in range(5)]) == [(i, pytest.approx(3.0)) for i in range(5)]
+def test_smooth_does_not_lag_and_thin_keeps_the_end():
+    line = [(i, 3.0 + i) for i in range(400)]
+    assert smooth(line)[:-8] == [(x, pytest.approx(y)) for x, y in line[:-8]]  # a straight line stays: no lag
+    assert smooth(line)[-1][1] == pytest.approx(402 - 4)
+    assert smooth([(0, 2.0)]) == [(0, 2.0)]
+    assert smooth([(0, 2.0), (1, float("nan")), (2, 4.0)])[-1] == (2, 3.0)
+    waves = [(i, float(i % 2)) for i in range(400)]
+    assert all(0.4 < y < 0.6 for _, y in smooth(waves)[8:])
     points = [(i, i) for i in range(1001)]
     assert len(thin(points, 100)) <= 101
     assert thin(points, 100)[-1] == (1000, 1000)

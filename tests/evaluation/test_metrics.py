@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.errors import NanochatError
@@ -30,6 +30,7 @@ def wilson_by_roots(n_right, n, z=Z95):
     return root(found, 0.0), root(found, 1.0)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_wilson_solves_the_score_equation(case):
     n_right, n = case
@@ -57,6 +58,7 @@ def test_wilson_of_nothing_is_an_error(right, n):
         wilson(right, n)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 300).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_wilson_is_symmetric(case):
     right, n = case
