@@ -13,6 +13,7 @@ import torch
 
 from nanochat import checkpoint, config, runtime
 from nanochat.data.corpus import open_corpus
+from nanochat.data.text import TextSource
 from nanochat.errors import UsageError
 from nanochat.model.config import ModelConfig
 from nanochat.model.lm import LM
@@ -22,7 +23,7 @@ from nanochat.tasks.task import Mixture, Task
 from nanochat.tokenizer import Tokenizer
 from nanochat.training.loop import Trainer
 from nanochat.training.settings import BaseSettings, MidSettings, SFTSettings, TrainSettings, check_architecture
-from nanochat.training.supervised import ChatSource, PackedStage, TextSource
+from nanochat.training.supervised import ChatSource, PackedStage
 
 S = TypeVar("S", bound=TrainSettings)
 

@@ -10,7 +10,6 @@ import torch
 
 from nanochat.data.background import Background
 from nanochat.data.batches import IGNORED, Batch, Packer, Piece, Report, Source
-from nanochat.data.corpus import Corpus
 from nanochat.errors import UsageError
 from nanochat.evaluation.language import Losses, bits_per_byte
 from nanochat.model.lm import LM
@@ -28,25 +27,6 @@ class Stage(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
     def report(self) -> dict[str, float]: ...
     def close(self) -> None: ...
-
-
-class TextSource:
-    """Documents of a corpus as pieces: <|bos|> first, and the next document's <|bos|> as the last target."""
-
-    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, split: str, threads: int = 2) -> None:
-        self.corpus, self.tokenizer, self.split, self.threads = corpus, tokenizer, split, threads
-        self.name = f"{corpus.name} ({split})"
-
-    def read(self, epoch: int, start: int) -> Iterator[str]:
-        return iter(self.corpus.documents(self.split, start))
-
-    def encode(self, raw: Sequence[str]) -> list[Piece | None]:
-        pieces: list[Piece | None] = []
-        for ids in self.tokenizer.encode_batch(list(raw), threads=self.threads, bos=True):
-            inputs = np.array(ids, dtype=np.int32)
-            targets = np.append(inputs[1:], np.int32(self.tokenizer.bos))
-            pieces.append(Piece(inputs, targets) if len(ids) > 1 else None)
-        return pieces
 
 
 class ChatSource:
