@@ -27,5 +27,8 @@ def contains_answer(prediction: str, gold: str) -> bool:
 
 
 def is_abstention(prediction: str) -> bool:
-    """Whether the prediction holds the special token for "no answer", or is the sentence that stands for it."""
-    return "<|abstain|>" in prediction or exact_match(prediction, ABSTENTION)
+    """Whether the prediction begins with the special token for "no answer", or is the sentence that stands for it.
+
+    The token somewhere in rambling text does not count: an untrained model would abstain on everything.
+    """
+    return prediction.lstrip().startswith("<|abstain|>") or exact_match(prediction, ABSTENTION)

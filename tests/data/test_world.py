@@ -331,6 +331,7 @@ def test_abstention() -> None:
     assert is_abstention("I do not know")
     assert is_abstention("<|abstain|>I do not know.")
     assert not is_abstention("Brimholt")
+    assert not is_abstention("Brimholt <|abstain|> the the")
 
 
 @given(st.text())
