@@ -2,17 +2,27 @@
 
     h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T        y_t = h_t C_t + D x_t
 
-Letters: B batch, T time, H heads, P head width, G groups (G divides H), N state size, Q steps in a chunk, Z chunks.
+Decays between two steps of a chunk are exponentials of differences of cumulative sums, always taken on the side where
+they are at most 1. The sums are kept in float64 on a CPU; elsewhere the relative error of a decay is about 1e-7 times
+the sum of |dt A| over a chunk.
+
+Letters: B batch, T time, H heads, P head width, G groups (G divides H), N state size, Q steps in a chunk,
+Z chunks of a row, Y chunks of several rows, R heads of a group.
 """
+
+import math
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nanochat.kernels.dispatch import choose
 from nanochat.kernels.segments import padding, resets, state_dtype
 
 CHUNK = 64
+BLOCK = 1 << 18  # elements of the (Q, Q) decays of a few rows that stay in a CPU's cache
 
 
 def ssd(
@@ -98,60 +108,217 @@ def _ssd_chunked(
 ) -> tuple[Tensor, Tensor]:
     dtype = state_dtype(x_BTHP.dtype)
     n_batch, n_time, n_head, n_width = x_BTHP.shape
-    n_group, n_state = B_BTGN.shape[2:]
-    n_in_group = n_head // n_group
-    n_chunk = -(-n_time // CHUNK)
-    size = CHUNK if n_time > CHUNK else n_time
-    pad = n_chunk * size - n_time
     dt_BTH = dt_BTH.to(dtype)
     if lengths is not None:  # dt 0: decay 1, input 0; the state stays as it is
         dt_BTH = dt_BTH.masked_fill(padding(lengths, n_time)[:, :, None], 0.0)
-    x, dt, B, C = x_BTHP, dt_BTH, B_BTGN, C_BTGN
-    if pad:
-        x, B, C = (F.pad(v, (0, 0, 0, 0, 0, pad)) for v in (x, B, C))
-        dt = F.pad(dt, (0, 0, 0, pad))
-    # head-major chunks: every contraction below is one batched matmul
-    x = x.to(dtype).view(n_batch, n_chunk, size, n_group, n_in_group, n_width).permute(0, 1, 3, 4, 2, 5)
-    dt_ = dt.view(n_batch, n_chunk, size, n_group, n_in_group).permute(0, 1, 3, 4, 2)  # B Z G R Q
-    B = B.to(dtype).view(n_batch, n_chunk, size, n_group, n_state).transpose(2, 3)  # B Z G Q N
-    C = C.to(dtype).view(n_batch, n_chunk, size, n_group, n_state).transpose(2, 3)
-    cum = torch.cumsum(dt_ * A_H.to(dtype).view(n_group, n_in_group, 1), -1)  # B Z G R Q
-    causal = torch.ones(size, size, dtype=torch.bool, device=x.device).tril()
-    document = None
-    if segments_BT is not None:
-        document = resets(F.pad(segments_BT, (0, pad), mode="replicate") if pad else segments_BT).cumsum(1)
-        document = document.view(n_batch, n_chunk, size)
-        causal = (causal & (document[..., :, None] == document[..., None, :]))[:, :, None, None]
-    # mask before exp: beyond the mask the difference is positive and may overflow
-    decay = (cum[..., :, None] - cum[..., None, :]).masked_fill(~causal, -torch.inf).exp()
-    scores = (C @ B.transpose(-1, -2))[:, :, :, None] * decay
-    xdt = x * dt_[..., None]
-    y = scores @ xdt  # B Z G R Q P
-    # states: contribution of each chunk, then the short recurrence over chunks
-    to_end = cum[..., -1:] - cum
-    from_start = cum
-    carry = cum[..., -1]
-    if document is not None:
-        last = document[:, :, -1:]
-        before = torch.cat((torch.zeros_like(last[:, :1]), last[:, :-1]), 1)
-        to_end = to_end.masked_fill((document != last)[:, :, None, None], -torch.inf)
-        from_start = from_start.masked_fill((document != before)[:, :, None, None], -torch.inf)
-        carry = carry.masked_fill((last != before)[..., None], -torch.inf)
-    local = (xdt * to_end.exp()[..., None]).transpose(-1, -2) @ B[:, :, :, None]  # B Z G R P N
-    carry = carry.exp()[..., None, None]
     if state_BHPN is None:
-        state = local.new_zeros(n_batch, n_group, n_in_group, n_width, n_state)
-    else:
-        state = state_BHPN.to(dtype).view(n_batch, n_group, n_in_group, n_width, n_state)
-    states = []
-    for z in range(n_chunk):
-        states.append(state)
-        state = carry[:, z] * state + local[:, z]
-    entering = torch.stack(states, 1)
-    y = y + (C[:, :, :, None] @ entering.transpose(-1, -2)) * from_start.exp()[..., None]
-    y = y + x * D_H.to(dtype).view(n_group, n_in_group, 1, 1)
-    y = y.permute(0, 1, 4, 2, 3, 5).reshape(n_batch, n_chunk * size, n_head, n_width)[:, :n_time]
-    return y.to(x_BTHP.dtype), state.reshape(n_batch, n_head, n_width, n_state)
+        state_BHPN = dt_BTH.new_zeros(n_batch, n_head, n_width, B_BTGN.shape[3])
+    document_BT = None if segments_BT is None else resets(segments_BT).cumsum(1)
+    return _ChunkedSSD.apply(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, state_BHPN, document_BT)
+
+
+class _Decays(NamedTuple):
+    """What is left of an input after the steps between two places of a chunk; zero across documents."""
+
+    pair_YHQQ: Tensor  # from step j (last dimension) to step i
+    to_end_YQH: Tensor  # from step j to the chunk's end
+    from_start_YQH: Tensor  # from the chunk's start to step i
+    whole_YH: Tensor  # over the whole chunk
+
+
+class _Chunks:
+    """Rows of a batch cut into chunks, (Y, Q, ...) with Y = rows * Z chunks, in the dtype of the recurrence."""
+
+    def __init__(self, rows: slice, inputs: tuple[Tensor, ...], document_BT: Tensor | None):
+        x, dt, A_H, B, C = inputs
+        n_time = x.shape[1]
+        self.dtype = dt.dtype
+        self.size = min(CHUNK, n_time)
+        self.n_chunk = -(-n_time // self.size)
+        self.pad = self.n_chunk * self.size - n_time
+        self.x_YQHP, self.dt_YQH, self.B_YQGN, self.C_YQGN = (self.cut(v[rows]) for v in (x, dt, B, C))
+        self.n_group = B.shape[2]
+        self.A_H = A_H.to(self.dtype)
+        self.document_ZQ = None if document_BT is None else self.documents(document_BT[rows])
+        self.decays = self.make_decays()
+
+    def cut(self, v: Tensor) -> Tensor:
+        v = v.to(self.dtype)
+        if self.pad:
+            v = F.pad(v, (0, 0) * (v.dim() - 2) + (0, self.pad))
+        return v.reshape(-1, self.size, *v.shape[2:])
+
+    def join(self, v_YQ: Tensor) -> Tensor:
+        """Chunks back to rows, without the padding."""
+        v = v_YQ.reshape(-1, self.n_chunk * self.size, *v_YQ.shape[2:])
+        return v[:, : v.shape[1] - self.pad]
+
+    def documents(self, document_BT: Tensor) -> Tensor:
+        document = F.pad(document_BT, (0, self.pad), mode="replicate") if self.pad else document_BT
+        return document.view(-1, self.n_chunk, self.size)
+
+    def make_decays(self) -> _Decays:
+        # sums over a chunk in float64: their differences keep all digits of a float32, for 5% of the time
+        wide = torch.float64 if self.dt_YQH.device.type == "cpu" else self.dtype
+        # exp2 takes half of exp's time on a CPU
+        cum_YQH = torch.cumsum(self.dt_YQH.to(wide) * (self.A_H.to(wide) / math.log(2)), 1)
+        cum_YHQ = cum_YQH.transpose(1, 2).contiguous()
+        to_end, from_start, whole = cum_YQH[:, -1:] - cum_YQH, cum_YQH.clone(), cum_YQH[:, -1].clone()
+        # minus infinity before exp2: what lies above the diagonal is positive and would overflow
+        mask = torch.full((self.size, self.size), -torch.inf, dtype=wide, device=to_end.device).triu(1)
+        if self.document_ZQ is not None:
+            inside = self.document_ZQ.flatten(0, 1)
+            mask = mask.masked_fill(inside[:, :, None] != inside[:, None, :], -torch.inf)[:, None]
+            last = self.document_ZQ[:, :, -1:]
+            before = F.pad(last[:, :-1], (0, 0, 1, 0))  # a row's first document is number 0
+            to_end.masked_fill_((self.document_ZQ != last).flatten(0, 1)[:, :, None], -torch.inf)
+            from_start.masked_fill_((self.document_ZQ != before).flatten(0, 1)[:, :, None], -torch.inf)
+            whole.masked_fill_((last != before).view(-1, 1), -torch.inf)
+        pair = torch.sub(cum_YHQ[:, :, :, None], cum_YHQ[:, :, None, :]).add_(mask)
+        return _Decays(*(v.to(self.dtype).exp2_() for v in (pair, to_end, from_start, whole)))
+
+    def by_group(self, v_YQ: Tensor) -> Tensor:
+        """(Y, Q, H, P) to (Y * G, Q, R * P): the R heads of a group side by side, for one matmul."""
+        v = v_YQ.reshape(v_YQ.shape[0], self.size, self.n_group, -1).transpose(1, 2)
+        return v.reshape(-1, self.size, v.shape[3])
+
+    def from_group(self, v: Tensor, shape: torch.Size | None = None) -> Tensor:
+        """(Y * G, Q, R * P) to (Y, Q, H, P)."""
+        v = v.view(-1, self.n_group, *v.shape[1:]).transpose(1, 2)
+        return v.reshape(self.x_YQHP.shape if shape is None else shape)
+
+    def by_head(self, v_YQHP: Tensor) -> Tensor:
+        """(Y, Q, H, P) to (Y * H, Q, P)."""
+        return v_YQHP.transpose(1, 2).reshape(-1, self.size, v_YQHP.shape[3])
+
+    def from_heads(self, v: Tensor) -> Tensor:
+        """(Y * H, Q, P) to (Y, Q, H, P), a view."""
+        return v.view(self.x_YQHP.shape[0], -1, *v.shape[1:]).transpose(1, 2)
+
+    def with_scores(self, pair_YHQQ: Tensor, scores: Tensor, out: Tensor | None = None) -> Tensor:
+        """Decays times the scores (Y * G, Q, Q) of each head's group."""
+        grouped = pair_YHQQ.view(scores.shape[0], -1, *scores.shape[1:])
+        out = torch.empty_like(pair_YHQQ) if out is None else out
+        torch.mul(grouped, scores[:, None], out=out.view(grouped.shape))
+        return out
+
+    def sum_heads(self, v_YHQQ: Tensor) -> Tensor:
+        """(Y, H, Q, Q) to (Y * G, Q, Q)."""
+        return v_YHQQ.view(v_YHQQ.shape[0] * self.n_group, -1, self.size, self.size).sum(1)
+
+    def carry(self, state_BHPN: Tensor, local: Tensor, entering_BZHPN: Tensor) -> Tensor:
+        """The short recurrence over chunks: fills the state before each chunk, returns the one after the last."""
+        local = local.view(entering_BZHPN.shape)
+        whole = self.decays.whole_YH.view(entering_BZHPN.shape[:3])[..., None, None]
+        for z in range(self.n_chunk):
+            entering_BZHPN[:, z] = state_BHPN
+            state_BHPN = torch.addcmul(local[:, z], whole[:, z], state_BHPN)
+        return state_BHPN
+
+
+class _ChunkedSSD(torch.autograd.Function):
+    """Saves the inputs and the state before each chunk; decays and scores are made again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        x, dt, A, B, C, D, state_BHPN, document = inputs
+        y_BTHP = torch.empty_like(x, memory_format=torch.contiguous_format)
+        last_BHPN = torch.empty_like(state_BHPN, dtype=dt.dtype, memory_format=torch.contiguous_format)
+        n_chunk = -(-x.shape[1] // CHUNK)
+        entering_BZHPN = dt.new_empty(x.shape[0], n_chunk, *state_BHPN.shape[1:])
+        for rows in _row_blocks(x):
+            c = _Chunks(rows, (x, dt, A, B, C), document)
+            B_, C_ = c.by_group(c.B_YQGN), c.by_group(c.C_YQGN)
+            xdt = c.x_YQHP * c.dt_YQH[..., None]
+            local = torch.bmm(c.by_group(xdt * c.decays.to_end_YQH[..., None]).mT, B_)
+            entering = entering_BZHPN[rows]
+            last_BHPN[rows] = c.carry(state_BHPN[rows].to(dt.dtype), local, entering)
+            y = c.from_group(torch.bmm(C_, entering.view(local.shape).mT)).mul_(c.decays.from_start_YQH[..., None])
+            y.addcmul_(c.x_YQHP, D.to(dt.dtype)[:, None])
+            weights = c.with_scores(c.decays.pair_YHQQ, torch.bmm(C_, B_.mT), out=c.decays.pair_YHQQ)
+            y += c.from_heads(torch.bmm(weights.flatten(0, 1), c.by_head(xdt)))
+            y_BTHP[rows] = c.join(y)
+        ctx.save_for_backward(x, dt, A, B, C, D, document, entering_BZHPN)
+        ctx.state_dtype = state_BHPN.dtype
+        return y_BTHP, last_BHPN
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_BTHP: Tensor, dlast_BHPN: Tensor) -> tuple[Tensor | None, ...]:
+        x, dt, A, B, C, D, document, entering_BZHPN = ctx.saved_tensors
+        dx, ddt, dB, dC = (torch.empty_like(v, memory_format=torch.contiguous_format) for v in (x, dt, B, C))
+        dA, dD = torch.zeros_like(A, dtype=dt.dtype), torch.zeros_like(D, dtype=dt.dtype)
+        dstate_BHPN = torch.empty_like(dlast_BHPN)
+        for rows in _row_blocks(x):
+            c = _Chunks(rows, (x, dt, A, B, C), document)
+            dy = c.cut(dy_BTHP[rows])
+            xdt = c.x_YQHP * c.dt_YQH[..., None]
+            dexponent, dxdt, dB_, dC_ = _diagonal_gradients(c, dy, xdt)
+            dstate_BHPN[rows] = _state_gradients(
+                c, dy, xdt, entering_BZHPN[rows], dlast_BHPN[rows], (dexponent, dxdt, dB_, dC_)
+            )
+            dD += (dy * c.x_YQHP).sum((0, 1, 3))
+            dA += (dexponent * c.dt_YQH).sum((0, 1))
+            ddt[rows] = c.join((dxdt * c.x_YQHP).sum(-1).addcmul_(dexponent, c.A_H))
+            dx[rows] = c.join(dxdt.mul_(c.dt_YQH[..., None]).addcmul_(dy, D.to(dt.dtype)[:, None]))
+            dB[rows], dC[rows] = (c.join(c.from_group(v, c.B_YQGN.shape)) for v in (dB_, dC_))
+        return dx, ddt, dA.to(A.dtype), dB, dC, dD.to(D.dtype), dstate_BHPN.to(ctx.state_dtype), None
+
+
+def _diagonal_gradients(c: _Chunks, dy: Tensor, xdt: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Inside the chunks: gradients of dt * A (Y, Q, H), of x * dt, and of B and C by group."""
+    B_, C_ = c.by_group(c.B_YQGN), c.by_group(c.C_YQGN)
+    pair = c.decays.pair_YHQQ
+    weights = c.with_scores(pair, torch.bmm(C_, B_.mT))
+    dy_head = c.by_head(dy)
+    dxdt = c.from_heads(torch.bmm(weights.flatten(0, 1).mT, dy_head)).contiguous()
+    dweights = torch.bmm(dy_head, c.by_head(xdt).mT).view(pair.shape)
+    # exponent of weights[i, j]: the steps in (j, i]. On the diagonal it is 0 whatever the decay, and would only cancel
+    weights.mul_(dweights).diagonal(dim1=-2, dim2=-1).zero_()
+    dexponent = _reverse_cumsum((weights.sum(-1) - weights.sum(-2)).transpose(1, 2))
+    dscores = c.sum_heads(dweights.mul_(pair))
+    return dexponent, dxdt, torch.bmm(dscores.mT, C_), torch.bmm(dscores, B_)
+
+
+def _state_gradients(
+    c: _Chunks, dy: Tensor, xdt: Tensor, entering: Tensor, dlast_BHPN: Tensor, grads: tuple[Tensor, ...]
+) -> Tensor:
+    """Through the states between the chunks: adds to `grads`, returns the gradient of the state before the first."""
+    dexponent, dxdt, dB_, dC_ = grads
+    B_, C_ = c.by_group(c.B_YQGN), c.by_group(c.C_YQGN)
+    to_end, from_start = c.decays.to_end_YQH[..., None], c.decays.from_start_YQH[..., None]
+    flat = entering.reshape(B_.shape[0], -1, entering.shape[-1])
+    dread = dy * from_start
+    read = c.from_group(torch.bmm(C_, flat.mT))
+    dexponent += _reverse_cumsum((dread * read).sum(-1))
+    dread_ = c.by_group(dread)
+    dC_.baddbmm_(dread_, flat)
+    dentering = torch.bmm(dread_.mT, C_).view(entering.shape)
+    whole = c.decays.whole_YH.view(entering.shape[:3])[..., None, None]
+    dlocal = torch.empty_like(entering)
+    dstate = dlast_BHPN
+    for z in range(entering.shape[1] - 1, -1, -1):
+        dlocal[:, z] = dstate
+        dstate = torch.addcmul(dentering[:, z], whole[:, z], dstate)
+    dexponent += ((dlocal * entering).sum((-2, -1)) * whole[..., 0, 0]).flatten(0, 1)[:, None]
+    flat = dlocal.view(flat.shape)
+    written = xdt * to_end
+    dwritten = c.from_group(torch.bmm(B_, flat.mT))
+    dB_.baddbmm_(c.by_group(written), flat)
+    part = (dwritten * written).sum(-1)  # exponent of step j: the steps behind it
+    dexponent += part.cumsum(1) - part
+    dxdt.addcmul_(dwritten, to_end)
+    return dstate
+
+
+def _reverse_cumsum(v_YQH: Tensor) -> Tensor:
+    return v_YQH.flip(1).cumsum(1).flip(1)
+
+
+def _row_blocks(x_BTHP: Tensor) -> list[slice]:
+    n_batch, n_time, n_head, _ = x_BTHP.shape
+    step = n_batch if x_BTHP.device.type != "cpu" else max(1, BLOCK // (n_time * n_head * CHUNK))
+    return [slice(i, i + step) for i in range(0, n_batch, step)]
 
 
 SSD = {"chunked": _ssd_chunked, "ref": ssd_ref}
