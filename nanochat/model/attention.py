@@ -1,4 +1,4 @@
-"""The attention mixer: multi-head, multi-query or grouped-query causal attention with rotary positions, and its KV state."""
+"""The attention mixer: causal, multi-head, multi-query or grouped-query, with rotary positions; and its KV state."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from nanochat.model.mixer import Mixer, State
 class KVState(State):
     """Keys and values of the past, (B, G, S, P) each with spare room behind, and how many tokens each row holds.
 
-    A head's keys lie together: with 32 rows of 4 heads and 512 tokens, attention of one more token takes a quarter of the
-    time that it takes over (B, S, G, P) (1.9 against 8.0 ms on 2 CPU cores).
+    A head's keys lie together: with 32 rows of 4 heads and 512 tokens, attention of one more token takes a quarter of
+    the time that it takes over (B, S, G, P) (1.9 against 8.0 ms on 2 CPU cores).
     """
 
     def __init__(self, k: Tensor, v: Tensor, lengths: list[int]) -> None:
@@ -85,8 +85,8 @@ class KVState(State):
 class Attention(Mixer):
     """Causal attention with `n_head` query heads over `n_kv_head` key and value heads.
 
-    Queries and keys are normalised (QK-norm, arXiv 2010.04245) and, unless `rope=False`, rotated. With `window > 0` a query sees the
-    last `window` tokens only, on the layers that `window_pattern` marks S.
+    Queries and keys are normalised (QK-norm, arXiv 2010.04245) and, unless `rope=False`, rotated. With `window > 0` a
+    query sees the last `window` tokens only, on the layers that `window_pattern` marks S.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -110,7 +110,9 @@ class Attention(Mixer):
         k = torch.zeros(shape, device=device, dtype=dtype)
         return KVState(k, torch.zeros_like(k), [0] * batch)
 
-    def project(self, x_BTD: Tensor, positions: int | Tensor, n: int, value: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def project(
+        self, x_BTD: Tensor, positions: int | Tensor, n: int, value: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         B, T, _ = x_BTD.shape
         qkv = self.qkv(x_BTD).view(B, T, self.n_head + 2 * self.n_kv, self.P)
         qk, v = qkv.split((self.n_head + self.n_kv, self.n_kv), dim=2)

@@ -14,7 +14,7 @@ LETTERS = ("T", "M", "M2")  # attention, Mamba (S6), Mamba-2 (SSD)
 
 
 def _one_in(n: int, depth: int, ssm: str) -> list[str]:
-    """One attention block in every `n`, at the end of each group (layer 0 stays an SSM: early SSM layers matter most)."""
+    """One attention block in every `n`, at the end of each group: layer 0 stays an SSM, where they matter most."""
     blocks = ["T" if i % n == n - 1 else ssm for i in range(depth)]
     if "T" not in blocks and depth > 1:
         blocks[-1] = "T"
@@ -54,8 +54,8 @@ def expand_pattern(pattern: str, depth: int, ssm: str) -> tuple[str, ...]:
         near = get_close_matches(pattern, names, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise UsageError(
-            f"--pattern {pattern!r}: unknown block letter {bad[:1]!r}. Letters are T (attention), M (Mamba), M2 (Mamba-2); "
-            f"names are {', '.join(names)}.{hint}"
+            f"--pattern {pattern!r}: unknown block letter {bad[:1]!r}. Letters are T (attention), M (Mamba), "
+            f"M2 (Mamba-2); names are {', '.join(names)}.{hint}"
         )
     if depth % len(letters):
         raise UsageError(f"--pattern {pattern!r} names {len(letters)} blocks, which does not divide --depth {depth}")
@@ -142,7 +142,9 @@ class ModelConfig:
 
     def check(self) -> None:
         blocks = self.blocks
-        for flag in ("vocab_size", "sequence_len", "n_head", "n_kv_head", "head_dim", "expand", "d_state", "d_state2", "d_conv"):
+        for flag in (
+            "vocab_size", "sequence_len", "n_head", "n_kv_head", "head_dim", "expand", "d_state", "d_state2", "d_conv",
+        ):  # fmt: skip
             if getattr(self, flag) < 1:
                 raise UsageError(f"--{flag} {getattr(self, flag)}: must be at least 1")
         if self.ssm not in ("M", "M2"):
@@ -160,7 +162,8 @@ class ModelConfig:
         if "M2" in blocks and self.d_inner % self.head_dim2:
             raise UsageError(f"--head_dim2 {self.head_dim2} does not divide the inner width {self.d_inner}")
         if "M2" in blocks and (self.d_inner // self.head_dim2) % self.n_groups:
-            raise UsageError(f"--n_groups {self.n_groups} does not divide the {self.d_inner // self.head_dim2} heads of M2")
+            n_heads = self.d_inner // self.head_dim2
+            raise UsageError(f"--n_groups {self.n_groups} does not divide the {n_heads} heads of M2")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -171,5 +174,7 @@ class ModelConfig:
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(saved) - known)
         if unknown:
-            raise UsageError(f"the checkpoint's architecture has unknown options {', '.join(unknown)}: it needs a newer nanochat")
+            raise UsageError(
+                f"the checkpoint's architecture has unknown options {', '.join(unknown)}: it needs a newer nanochat"
+            )
         return cls(**saved)

@@ -20,8 +20,8 @@ ACTIVATIONS = ("relu2", "gelu", "swiglu")
 class Linear(nn.Linear):
     """A matrix without bias. The weight is kept in fp32 and cast to the dtype of the activations at each use.
 
-    `splits` names the parts of the output rows that are matrices of their own (q, k, v; or z, x, B, C, dt): the optimizer
-    orthogonalises each by itself.
+    `splits` names the parts of the output rows that are matrices of their own (q, k, v; or z, x, B, C, dt): the
+    optimizer orthogonalises each by itself.
     """
 
     def __init__(self, n_in: int, n_out: int, splits: Sequence[int] = ()) -> None:
@@ -29,7 +29,7 @@ class Linear(nn.Linear):
         self.splits = tuple(splits)
 
     def reset_parameters(self) -> None:
-        """`LM.build` writes every weight once; torch's own init would, on the meta device, import torch._dynamo (1.4 s)."""
+        """`LM.build` writes every weight once; torch's own on the meta device would import torch._dynamo (1.4 s)."""
 
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight.to(input.dtype))
@@ -64,8 +64,8 @@ class Rotary:
         self.tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def table(self, n: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin for positions 0..n-1, each (n, 1, P/2). Angles are computed in float64 (on the CPU: some devices have
-        none): in fp32 the angle of position 10,000 is off by up to 0.0005."""
+        """cos and sin for positions 0..n-1, each (n, 1, P/2). Angles are computed in float64 (on the CPU: some devices
+        have none): in fp32 the angle of position 10,000 is off by up to 0.0005."""
         cached = self.tables.get((device, dtype))
         if cached is None or cached[0].size(0) < n:
             size = max(64, 1 << (n - 1).bit_length())

@@ -125,8 +125,8 @@ class LM(nn.Module):
 
     def flops_per_token(self, sequence_len: int | None = None) -> float:
         """Training FLOPs a token: 6 per matrix weight, plus the attention products (12 * H * P * mean keys, not halved
-        for causality, the convention of PaLM's appendix B) and the state updates of M (3 * 6 * E * N) and M2 (as many, plus
-        the products inside a chunk of 64)."""
+        for causality, the convention of PaLM's appendix B) and the state updates of M (3 * 6 * E * N) and M2 (as many,
+        plus the products inside a chunk of 64)."""
         c, T = self.config, sequence_len or self.config.sequence_len
         matrices = sum(p.numel() for p in self.blocks.parameters() if p.dim() == 2) + self.head_weight.numel()
         total = 6.0 * matrices
@@ -153,8 +153,8 @@ class LM(nn.Module):
     ) -> Tensor:
         """Hidden states (B, T, D) after the final norm, in the compute dtype.
 
-        `states` continue each row (and advance); `segments_BT` keeps packed documents apart; `lengths` says that ids are
-        (1, sum(lengths)), rows of different lengths end to end. Raises UsageError for a sequence of length 0.
+        `states` continue each row (and advance); `segments_BT` keeps packed documents apart; `lengths` says that ids
+        are (1, sum(lengths)), rows of different lengths end to end. Raises UsageError for a sequence of length 0.
         """
         if ids_BT.size(1) == 0:
             raise UsageError("the model was given an empty sequence")
@@ -186,14 +186,17 @@ class LM(nn.Module):
         return cap * torch.tanh(out / cap) if cap else out
 
     def loss(self, inputs: Tensor, targets: Tensor, weights: Tensor, segments: Tensor | None = None) -> Tensor:
-        """sum(weights * nll) in nats over the targets that are not -1; all arguments (B, T). The logits are never held whole."""
+        """sum(weights * nll) in nats over the targets that are not -1; all arguments (B, T). The logits are never held
+        whole."""
         hidden = self(inputs, segments_BT=segments)
         flat = hidden.reshape(-1, hidden.size(-1))
-        return linear_cross_entropy(flat, self.head_weight, targets.reshape(-1), weights.reshape(-1), self.config.softcap)
+        return linear_cross_entropy(
+            flat, self.head_weight, targets.reshape(-1), weights.reshape(-1), self.config.softcap
+        )
 
     @torch.no_grad()
     def nll(self, inputs: Tensor, targets: Tensor, segments: Tensor | None = None) -> Tensor:
         """Negative log-likelihood of each target in nats, (B, T) fp32, 0 where the target is -1."""
         hidden = self(inputs, segments_BT=segments)
-        flat = linear_nll(hidden.reshape(-1, hidden.size(-1)), self.head_weight, targets.reshape(-1), self.config.softcap)
-        return flat.view(targets.shape)
+        flat = hidden.reshape(-1, hidden.size(-1))
+        return linear_nll(flat, self.head_weight, targets.reshape(-1), self.config.softcap).view(targets.shape)

@@ -1,4 +1,4 @@
-"""The Mamba mixer (S6, arXiv 2312.00752): a selective state space whose step, input and output maps depend on the token."""
+"""The Mamba mixer (S6, arXiv 2312.00752): a state space whose step, input and output maps depend on the token."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def init_dt_bias(bias: Tensor) -> None:
 
 
 class Mamba(Mixer):
-    """In-projection to (x, gate), causal convolution, selective scan over E = expand * D channels of N states, gate, out."""
+    """In-projection to (x, gate), causal convolution, scan over E = expand * D channels of N states, gate, out."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()

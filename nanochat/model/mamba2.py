@@ -1,4 +1,4 @@
-"""The Mamba-2 mixer (SSD, arXiv 2405.21060): a state space with one decay a head, computed as matrix products over chunks."""
+"""The Mamba-2 mixer (SSD, arXiv 2405.21060): a state space with one decay a head, as matrix products over chunks."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from nanochat.model.mixer import Mixer, State
 
 
 class Mamba2(Mixer):
-    """One in-projection to (gate z, x, B, C, dt), convolution over (x, B, C), SSD over H heads of width P, gated norm, out."""
+    """One in-projection to (gate z, x, B, C, dt), convolution over (x, B, C), SSD over H heads of width P, norm."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.E, self.P, self.N, self.G, self.K = config.d_inner, config.head_dim2, config.d_state2, config.n_groups, config.d_conv
+        self.E, self.P, self.N = config.d_inner, config.head_dim2, config.d_state2
+        self.G, self.K = config.n_groups, config.d_conv
         self.H = self.E // self.P
         self.eps = config.norm_eps
         GN = self.G * self.N

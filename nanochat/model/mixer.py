@@ -1,6 +1,7 @@
 """What every sequence mixer offers (attention, S6, SSD), and what every state that it carries can do.
 
-A new kind is one file with a `Mixer` and a `State`, and one row in `lm.MIXERS`; the contract tests pick it up by themselves.
+A new kind is one file with a `Mixer` and a `State`, and one row in `lm.MIXERS`; the contract tests pick it up by
+themselves.
 """
 
 from __future__ import annotations

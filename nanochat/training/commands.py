@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,7 +62,8 @@ def train_tokenizer(settings: TokenizerSettings) -> Tokenizer:
 
 def load_tokenizer(directory: Path) -> Tokenizer:
     if not directory.exists():
-        raise UsageError(f"there is no tokenizer in {directory}: run `nanochat tok_train --run {directory.parent.name}` first")
+        run = directory.parent.name
+        raise UsageError(f"there is no tokenizer in {directory}: run `nanochat tok_train --run {run}` first")
     return Tokenizer.load(directory)
 
 
@@ -103,13 +104,13 @@ def check_tokenizer(meta: dict[str, Any], tokenizer: Tokenizer, path: Path) -> N
 
 
 def horizon(settings: TrainSettings, own_tokens: int, T: int, rt: Runtime) -> tuple[int, int]:
-    """(optimizer steps, micro-batches a step). Raises UsageError when the total batch is no multiple of a forward pass."""
+    """(optimizer steps, micro-batches a step). Raises UsageError when the total batch is no multiple of one pass."""
     once = settings.device_batch_size * T * rt.world_size
     total = settings.total_batch_size or once
     if total % once:
         raise UsageError(
-            f"--total_batch_size {total} must be a multiple of {once} = {settings.device_batch_size} rows x {T} tokens x "
-            f"{rt.world_size} process(es)"
+            f"--total_batch_size {total} must be a multiple of {once} = {settings.device_batch_size} rows x {T} tokens "
+            f"x {rt.world_size} process(es)"
         )
     if settings.num_iterations:
         return settings.num_iterations, total // once

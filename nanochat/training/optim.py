@@ -16,8 +16,8 @@ from nanochat.errors import NanochatError
 from nanochat.model.layers import Linear
 from nanochat.model.lm import LM
 
-# Minimax polynomials of the Polar Express (arXiv 2505.16932, l = 1e-3, five steps): each triple (a, b, c) maps the singular
-# values s of X to a*s + b*s^3 + c*s^5, and together they bring all of [1e-3, 1] close to 1.
+# Minimax polynomials of the Polar Express (arXiv 2505.16932, l = 1e-3, five steps): each triple (a, b, c) maps the
+# singular values s of X to a*s + b*s^3 + c*s^5, and together they bring all of [1e-3, 1] close to 1.
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -42,12 +42,14 @@ def orthogonalize(x: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum orthogonalised by the Polar Express (Muon, Jordan et al. 2024), with Nesterov and cautious weight decay.
 
-    Each parameter is a matrix, or several stacked by rows (`splits`): fused q, k, v or Mamba's z, x, B, C, dt. Matrices of one
-    shape are orthogonalised in one batched product. The step is lr * sqrt(max(1, rows / columns)) * orthogonal matrix, so that the
-    change of an output coordinate does not depend on the shape.
+    Each parameter is a matrix, or several stacked by rows (`splits`): fused q, k, v or Mamba's z, x, B, C, dt. Matrices
+    of one shape are orthogonalised in one batched product. The step is lr * sqrt(max(1, rows / columns)) * orthogonal
+    matrix, so that the change of an output coordinate does not depend on the shape.
     """
 
-    def __init__(self, params: Iterable[dict[str, Any]], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self, params: Iterable[dict[str, Any]], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+    ) -> None:
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
@@ -94,7 +96,7 @@ class Rates:
 
 
 def roles(model: LM) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """Which optimizer gets which parameter: matrix (Muon), embedding, head, small, scalar (AdamW). Each exactly once."""
+    """Which optimizer gets which parameter, each once: matrix (Muon); embedding, head, small, scalar (AdamW)."""
     muon = {}
     for name, module in model.blocks.named_modules():
         if isinstance(module, Linear) and name.rsplit(".", 1)[-1] not in ("x_proj", "dt_proj"):
@@ -164,7 +166,7 @@ class Optimizers:
         self.model.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Every state tensor by parameter name, so that a checkpoint loads whatever the grouping or number of processes."""
+        """Every state tensor by parameter name: a checkpoint loads whatever the grouping or number of processes."""
         names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
         out = {}
         for optimizer in self.all:
@@ -181,7 +183,9 @@ class Optimizers:
             name, _, field = key.rpartition(":")
             p = params.get(name)
             if p is None or (value.dim() and value.shape != p.shape):
-                raise NanochatError(f"the optimizer state of {name!r} does not fit this model: resume with the same configuration")
+                raise NanochatError(
+                    f"the optimizer state of {name!r} does not fit this model: resume with the same configuration"
+                )
             on_device = value.dim() or self.steps_on_device
             owner[p].state[p][field] = value.to(p.device) if on_device else value
 

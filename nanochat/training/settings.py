@@ -11,8 +11,8 @@ from nanochat.model.config import ModelConfig
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Shared by every stage. An architecture option that is None comes from `depth` (base) or from the checkpoint (later
-    stages); one that contradicts the checkpoint is an error."""
+    """Shared by every stage. An architecture option that is None comes from `depth` (base) or from the checkpoint
+    (later stages); one that contradicts the checkpoint is an error."""
 
     run: str = "default"
     """name of the run: its stages, tokenizer and report lie under OUT_DIR/RUN"""
@@ -83,11 +83,11 @@ class TrainSettings:
     depth: int | None = None
     """layers: the one dial; width, heads and rates follow"""
     sequence_len: int | None = None
-    """tokens a row"""
+    """tokens a row (base: 512 when nothing is said)"""
     d_model: int | None = None
     """width (default 64 x depth)"""
     pattern: str | None = None
-    """blocks: transformer, mamba, mamba2, hybrid, early, late, alternate, sandwich, 1in4, 1in8… or letters such as MMMT"""
+    """blocks: transformer, mamba, mamba2, hybrid, early, late, alternate, sandwich, 1in4, 1in8… or letters (MMMT)"""
     ssm: str | None = None
     """letter of the state-space blocks in named hybrid patterns: M or M2"""
     n_head: int | None = None
@@ -146,7 +146,8 @@ class TrainSettings:
     def model_options(self) -> dict[str, Any]:
         """The architecture options that were given."""
         names = {f.name for f in fields(ModelConfig)}
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name in names and getattr(self, f.name) is not None}
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name in names}
+        return {name: value for name, value in given.items() if value is not None}
 
     def check(self) -> None:
         """Raises UsageError naming the flag, its value and what is allowed."""
@@ -154,8 +155,8 @@ class TrainSettings:
             if getattr(self, flag) < 1:
                 raise UsageError(f"--{flag} {getattr(self, flag)}: must be at least 1")
         for flag in (
-            "total_batch_size", "num_iterations", "target_tokens", "eval_every", "save_every", "clip", "max_minutes", "seed",
-            "lr_scale", "matrix_lr", "embedding_lr", "head_lr", "small_lr", "weight_decay",
+            "total_batch_size", "num_iterations", "target_tokens", "eval_every", "save_every", "clip", "max_minutes",
+            "seed", "lr_scale", "matrix_lr", "embedding_lr", "head_lr", "small_lr", "weight_decay",
         ):  # fmt: skip
             if getattr(self, flag) < 0:
                 raise UsageError(f"--{flag} {getattr(self, flag)}: must not be negative")
@@ -191,7 +192,7 @@ class BaseSettings(TrainSettings):
     """Pretraining on raw text."""
 
     data: str = "world:seed=0,known=200"
-    """where text comes from: world:… (the tiny world, no network), a directory or file of txt, jsonl or parquet, or climbmix"""
+    """where text comes from: world:… (the tiny world), a directory or file of txt, jsonl or parquet, or climbmix"""
     tokens_per_param: float = 20.0
     """training tokens per parameter of the blocks, when no number of steps or tokens is given"""
 
@@ -216,7 +217,7 @@ class MidSettings(TrainSettings):
     def check(self) -> None:
         super().check()
         if not 0 <= self.data_share < 1:
-            raise UsageError(f"--data_share {self.data_share}: must be at least 0 and below 1 (the rest are conversations)")
+            raise UsageError(f"--data_share {self.data_share}: must be at least 0 and below 1 (the rest are chats)")
 
 
 @dataclass(frozen=True)

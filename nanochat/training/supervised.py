@@ -30,7 +30,7 @@ class Stage(Protocol):
 
 
 class ChatSource:
-    """Conversations of a task as pieces: only what the assistant wrote is a target. Each epoch in a new, seeded order."""
+    """Conversations of a task as pieces: only what the assistant wrote is a target. Each epoch in a new order."""
 
     def __init__(self, task: Task, tokenizer: Tokenizer, max_tokens: int, seed: int, shuffle: bool = True) -> None:
         self.task, self.tokenizer, self.max_tokens, self.seed, self.shuffle = task, tokenizer, max_tokens, seed, shuffle
@@ -121,7 +121,7 @@ class PackedStage:
             yield batch
 
     def evaluate(self, model: LM) -> dict[str, float]:
-        """Validation loss of each source: `val_bpb` for text, `val_chat_loss` (nats a trained token) for conversations."""
+        """Validation loss of each source: `val_bpb` for text, `val_chat_loss` (nats a trained token) for chats."""
         found: dict[str, float] = {}
         for name in self.val:
             losses: Losses = bits_per_byte(model, self.validation_batches(name), self.tokenizer)
@@ -139,8 +139,9 @@ class PackedStage:
         """Raises UsageError when the state was taken from other sources."""
         if set(state["cursors"]) != set(self.packers):
             raise UsageError(
-                f"the checkpoint was trained on {' and '.join(state['cursors'])}, this run on {' and '.join(self.packers)}: "
-                "give the same data and tasks, another --run, or --no-resume to start again"
+                f"the checkpoint was trained on {' and '.join(state['cursors'])}, this run on "
+                f"{' and '.join(self.packers)}: give the same data and tasks, another --run, or --no-resume to start "
+                "again"
             )
         for name, cursor in state["cursors"].items():
             self.packers[name].load_state_dict(cursor)
@@ -178,4 +179,6 @@ def describe(batch: Batch, tokenizer: Tokenizer, n: int = 160) -> str:
 def to_device(batch: Batch, device: torch.device) -> Batch:
     if device.type == "cpu":
         return batch
-    return Batch(*(x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device) for x in batch))
+    if device.type == "cuda":
+        return Batch(*(x.pin_memory().to(device, non_blocking=True) for x in batch))
+    return Batch(*(x.to(device) for x in batch))

@@ -153,7 +153,8 @@ def test_llama(n_kv_head: int) -> None:
     theirs = LlamaForCausalLM(config).eval()
     shake(theirs)
     ours = bare(
-        pattern="transformer", n_kv_head=n_kv_head, head_dim=16, activation="swiglu", mlp_t=3.0, qk_norm=False, rope_base=5000.0,
+        pattern="transformer", n_kv_head=n_kv_head, head_dim=16, activation="swiglu", mlp_t=3.0, qk_norm=False,
+        rope_base=5000.0,
     )  # fmt: skip
     copy_llama(theirs, ours)
     assert_same_logits(theirs, ours)
