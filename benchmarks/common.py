@@ -11,12 +11,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 
-def report(benchmark: str, rows: list[dict[str, Any]], ratios: dict[str, float]) -> None:
+def report(benchmark: str, rows: list[dict[str, Any]], ratios: Mapping[str, float | None]) -> None:
     """Print the rows and ratios as tables, then all as one line of JSON."""
     from nanochat.runtime import machine
 

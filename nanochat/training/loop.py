@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from nanochat import checkpoint, config
 from nanochat.data.batches import IGNORED, Batch
 from nanochat.errors import NanochatError, UsageError
 from nanochat.model.lm import LM
+from nanochat.report import read_log
 from nanochat.runtime import Runtime, all_reduce_sum, log, peak_memory_bytes, rng_state, set_rng_state
 from nanochat.tokenizer import Tokenizer
 from nanochat.training.distributed import gather_state, reduce_gradients
@@ -55,7 +55,8 @@ class Log:
             return
         directory.mkdir(parents=True, exist_ok=True)
         with self.failures():
-            kept = [line for line in read_log(self.path) if line["step"] <= step]  # a killed run logged past its checkpoint
+            # a killed run logged past its checkpoint
+            kept = [line for line in read_log(self.path) if line["step"] <= step]
             whole = self.path.with_name(".log.jsonl.new")  # killed meanwhile, the log is the old one or the new one
             whole.write_text("".join(json.dumps(line) + "\n" for line in kept))
             os.replace(whole, self.path)
@@ -63,7 +64,9 @@ class Log:
             try:
                 import wandb
             except ImportError:
-                raise UsageError(f"--wandb {settings.wandb}: wandb is not installed; pip install 'nanochat[wandb]'") from None
+                raise UsageError(
+                    f"--wandb {settings.wandb}: wandb is not installed; pip install 'nanochat[wandb]'"
+                ) from None
             mode: Any = settings.wandb
             name = f"{settings.run}-{directory.name}"
             self.run = wandb.init(project="nanochat", name=name, mode=mode, dir=str(directory))
@@ -81,28 +84,19 @@ class Log:
         try:
             yield
         except OSError as error:
-            raise NanochatError(f"could not write {self.path}: {error}. Checkpoints are intact; free some space") from error
+            raise NanochatError(
+                f"could not write {self.path}: {error}. Checkpoints are intact; free some space"
+            ) from error
 
     def close(self) -> None:
         if self.run is not None:
             self.run.finish()
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a log.jsonl; a last line cut off by a kill is left out."""
-    records = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-    return records
-
-
 @contextlib.contextmanager
 def held_interrupt() -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C is only noted (the yielded function says so), so that a step ends whole; the second acts at once."""
+    """Inside, the first Ctrl-C is only noted (the yielded function says so), so that a step ends whole; the second acts
+    at once."""
     asked = False
 
     def note(signum: int, frame: Any) -> None:
@@ -155,7 +149,7 @@ class Trainer:
         self.bar: tqdm[Any] | None = None
 
     def compiled(self) -> Any:
-        """The function (batch) -> sum(weights * nll), compiled where that pays: on CUDA; on a CPU it costs a minute cold."""
+        """The function (batch) -> sum(weights * nll), compiled where that pays: on CUDA; on a CPU it takes a minute."""
         on = self.settings.compile == "on" or (self.settings.compile == "auto" and self.runtime.device.type == "cuda")
         log.info("torch.compile: %s (--compile %s)", "on" if on else "off", self.settings.compile)
         return torch.compile(self.model.loss, dynamic=False) if on else self.model.loss
@@ -169,8 +163,9 @@ class Trainer:
         batches = self.stage.batches("train")
         quiet = self.runtime.rank != 0
         self.bar = bar = tqdm(
-            total=self.n_steps or None, initial=self.progress.step, desc=self.directory.name, unit="step", disable=quiet, mininterval=0.5
-        )
+            total=self.n_steps or None, initial=self.progress.step, desc=self.directory.name, unit="step",
+            disable=quiet, mininterval=0.5,
+        )  # fmt: skip
         try:
             with held_interrupt() as asked:
                 while not self.finished():
@@ -187,7 +182,7 @@ class Trainer:
         return self.progress.metrics
 
     def save_and_stop(self) -> None:
-        """Ctrl-C: keep what was done. With several processes there may be no one left to talk to, so nothing is saved."""
+        """Ctrl-C: keep what was done. With several processes there may be no one left to talk to: nothing is saved."""
         if self.runtime.world_size == 1:
             self.save()
         raise KeyboardInterrupt
@@ -252,9 +247,10 @@ class Trainer:
         """The NaN guard: nothing is saved over the last good checkpoint."""
         good = checkpoint.latest(self.directory)
         raise NanochatError(
-            f"{what} at step {self.progress.step}, micro-batch {index} of {self.n_micro} (rank {self.runtime.rank}), whose first row "
-            f"begins {describe(batch, self.tokenizer)}. Nothing was saved since; the last good checkpoint is "
-            f"{good or 'the source of this stage'}. Lower --lr_scale or look at that text, then run the command again"
+            f"{what} at step {self.progress.step}, micro-batch {index} of {self.n_micro} (rank {self.runtime.rank}), "
+            f"whose first row begins {describe(batch, self.tokenizer)}. Nothing was saved since; the "
+            f"last good checkpoint is {good or 'the source of this stage'}. Lower --lr_scale or look at that text, "
+            "then run the command again"
         )
 
     def after_step(self) -> None:
@@ -328,7 +324,7 @@ class Trainer:
             "metrics": {k: v for k, v in p.metrics.items() if math.isfinite(v)},
             "n_steps": self.n_steps,
         }
-        tensors: dict[str, dict[str, Tensor]] = {"model": self.model.state_dict(), "optim": self.optimizers.state_dict()}
+        tensors = {"model": self.model.state_dict(), "optim": self.optimizers.state_dict()}
         checkpoint.save(self.directory, p.step, tensors, meta, state, keep_last=self.settings.keep_last)
 
     def resume(self) -> None:

@@ -12,8 +12,9 @@ import torch.distributed as dist
 from tiny import copy_run, saved, train
 
 from nanochat import checkpoint
+from nanochat.report import read_log
 from nanochat.training import distributed
-from nanochat.training.loop import Trainer, read_log
+from nanochat.training.loop import Trainer
 
 HERE = Path(__file__).parent
 

@@ -18,8 +18,9 @@ from tiny import STAGES, assert_identical, copy_run, saved, train
 from nanochat import checkpoint
 from nanochat.data.batches import IGNORED
 from nanochat.errors import NanochatError, UsageError
+from nanochat.report import read_log
 from nanochat.tokenizer import Tokenizer
-from nanochat.training.loop import Trainer, read_log
+from nanochat.training.loop import Trainer
 
 
 def stop_at_step(monkeypatch: pytest.MonkeyPatch, step: int, inside: bool) -> None:
