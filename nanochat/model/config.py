@@ -123,18 +123,23 @@ class ModelConfig:
         """
         if self.depth < 1:
             raise UsageError(f"--depth {self.depth}: a model needs at least one block")
+        if self.d_model < 0:
+            raise UsageError(f"--d_model {self.d_model}: must be 0 (64 x depth) or a number of channels")
+        for flag in ("head_dim", "head_dim2"):
+            if getattr(self, flag) < 1:
+                raise UsageError(f"--{flag} {getattr(self, flag)}: must be at least 1")
         d_model = self.d_model or 64 * self.depth
         head_dim = min(self.head_dim, d_model)
         n_head = self.n_head or max(1, d_model // head_dim)
         inner = self.expand * d_model
-        head_dim2 = self.head_dim2 if inner % self.head_dim2 == 0 else head_dim
+        odd = self.head_dim2 == ModelConfig.head_dim2 and inner % self.head_dim2  # the default does not fit this width
         config = replace(
             self,
             d_model=d_model,
             head_dim=head_dim,
             n_head=n_head,
             n_kv_head=self.n_kv_head or n_head,
-            head_dim2=head_dim2,
+            head_dim2=head_dim if odd else self.head_dim2,
             dt_rank=self.dt_rank or max(1, -(-d_model // 16)),
         )
         config.check()
@@ -144,9 +149,16 @@ class ModelConfig:
         blocks = self.blocks
         for flag in (
             "vocab_size", "sequence_len", "n_head", "n_kv_head", "head_dim", "expand", "d_state", "d_state2", "d_conv",
+            "n_groups", "dt_rank",
         ):  # fmt: skip
             if getattr(self, flag) < 1:
                 raise UsageError(f"--{flag} {getattr(self, flag)}: must be at least 1")
+        for flag in ("softcap", "mlp_t", "mlp_m", "mlp_m2"):
+            if not getattr(self, flag) >= 0:
+                raise UsageError(f"--{flag} {getattr(self, flag)}: must be 0 (none) or a positive number")
+        for flag in ("rope_base", "norm_eps"):
+            if not getattr(self, flag) > 0:
+                raise UsageError(f"--{flag} {getattr(self, flag)}: must be a positive number")
         if self.ssm not in ("M", "M2"):
             raise UsageError(f"--ssm {self.ssm!r}: must be M or M2")
         if self.n_head % self.n_kv_head:

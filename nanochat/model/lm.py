@@ -154,11 +154,18 @@ class LM(nn.Module):
         """Hidden states (B, T, D) after the final norm, in the compute dtype.
 
         `states` continue each row (and advance); `segments_BT` keeps packed documents apart; `lengths` says that ids
-        are (1, sum(lengths)), rows of different lengths end to end. Raises UsageError for a sequence of length 0.
+        are (1, sum(lengths)), rows of different lengths end to end, one for each row of `states`. Raises UsageError for
+        an empty sequence, and for arguments that contradict each other.
         """
         if ids_BT.size(1) == 0:
             raise UsageError("the model was given an empty sequence")
+        if segments_BT is not None and states is not None:
+            raise UsageError("segments are for training: a row that goes on from a state is one document")
+        if lengths is not None and states is None:
+            raise UsageError("lengths need states: without them nothing keeps the rows apart; use segments_BT")
         ragged = lengths if isinstance(lengths, Ragged) or lengths is None else Ragged(lengths, ids_BT.device)
+        if ragged is not None and (1, ragged.total) != ids_BT.shape:
+            raise UsageError(f"lengths {ragged.lengths} add up to {ragged.total}, but ids are {tuple(ids_BT.shape)}")
         x = self.embed(ids_BT).to(self.compute_dtype)
         if self.config.embed_norm:
             x = rms_norm(x, self.config.norm_eps)
