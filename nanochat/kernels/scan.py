@@ -19,8 +19,9 @@ from torch.autograd.function import once_differentiable
 from nanochat.kernels.dispatch import choose
 from nanochat.kernels.segments import padding, resets, state_dtype
 
-# steps between saved states: long enough to hide the cost of a call, short enough for three buffers in cache
-CHUNK_MIN, CHUNK_MAX, CHUNK_ELEMENTS = 16, 32, 1 << 19
+# Steps between saved states: long enough to hide the cost of a call, short enough for three buffers in cache.
+CHUNK_MIN, CHUNK_MAX, CHUNK_ELEMENTS = 16, 32, 1 << 20
+STEP_ELEMENTS = 1 << 15  # states of the rows that one CPU multiply-add advances
 
 
 def selective_scan(
@@ -105,27 +106,28 @@ def _selective_scan_chunked(
         delta_BTE = delta_BTE.masked_fill(padding(lengths, n_time)[:, :, None], 0.0)
     if state_BEN is None:
         state_BEN = torch.zeros(n_batch, *A_EN.shape, dtype=dtype, device=u_BTE.device)
-    keep_BT = None if segments_BT is None else (~resets(segments_BT)).to(dtype)
-    return _ChunkedScan.apply(u_BTE, delta_BTE, A_EN, B_BTN, C_BTN, D_E, state_BEN, keep_BT)
+    reset_BT = None if segments_BT is None else resets(segments_BT)
+    return _ChunkedScan.apply(u_BTE, delta_BTE, A_EN, B_BTN, C_BTN, D_E, state_BEN, reset_BT)
 
 
 class _Chunks:
-    """One pass over the sequence: chunk slices in time-first layout, and the two buffers that every chunk reuses."""
+    """A few rows of the batch: their chunks in time-first layout, and the two buffers that every chunk reuses."""
 
-    def __init__(
-        self, u_BTE: Tensor, delta_BTE: Tensor, A_EN: Tensor, B_BTN: Tensor, C_BTN: Tensor, keep_BT: Tensor | None
-    ):
-        self.dtype = delta_BTE.dtype
-        n_batch, self.n_time, n_inner = u_BTE.shape
+    def __init__(self, rows: slice, inputs: tuple[Tensor, ...], A_EN: Tensor, reset_BT: Tensor | None):
+        self.inputs = [x[rows] for x in inputs]
+        self.dtype = inputs[1].dtype
+        n_batch, self.n_time, n_inner = self.inputs[0].shape
+        self.size = _chunk_size(inputs[0], A_EN)
+        self.starts = range(0, self.n_time, self.size)
         self.A_NE = A_EN.to(self.dtype).t().contiguous()
         # exp2 takes half of exp's time on a CPU, and a twentieth where the result underflows
         self.A2_NE = self.A_NE / math.log(2)
-        self.size = max(CHUNK_MIN, min(CHUNK_MAX, CHUNK_ELEMENTS // (n_batch * self.A_NE.numel())))
-        self.inputs = u_BTE, delta_BTE, B_BTN, C_BTN
-        self.keep_BT = keep_BT
+        self.resets: list[list[list[int]]] = [[] for _ in self.starts]
+        for row, time in [] if reset_BT is None else torch.nonzero(reset_BT[rows]).tolist():
+            self.resets[time // self.size].append([time % self.size, row])
         shape = (min(self.size, self.n_time) + 1, n_batch, A_EN.shape[1], n_inner)
-        self.decay = delta_BTE.new_empty(shape)
-        self.h = delta_BTE.new_empty(shape)  # row 0 is the state before the chunk
+        self.decay = inputs[1].new_empty(shape)
+        self.h = inputs[1].new_empty(shape)  # row 0 is the state before the chunk
         self.decay_steps, self.h_steps = self.decay.unbind(0), self.h.unbind(0)
 
     def slices(self, start: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -134,13 +136,13 @@ class _Chunks:
         u, delta, B, C = (x[:, start:stop].transpose(0, 1).to(self.dtype) for x in self.inputs)
         return u, delta, B, C
 
-    def states(self, start: int, u_LBE: Tensor, delta_LBE: Tensor, B_LBN: Tensor, state_BNE: Tensor) -> Tensor:
-        """Fill `decay[:L]` and `h[:L + 1]` for the chunk at `start`; returns delta * u, (L, B, E)."""
+    def states(self, i: int, u_LBE: Tensor, delta_LBE: Tensor, B_LBN: Tensor, state_BNE: Tensor) -> Tensor:
+        """Fill `decay[:L]` and `h[:L + 1]` for chunk i; returns delta * u, (L, B, E)."""
         n = u_LBE.shape[0]
         decay, h = self.decay[:n], self.h[: n + 1]
         torch.mul(delta_LBE[:, :, None, :], self.A2_NE, out=decay).exp2_()
-        if self.keep_BT is not None:
-            decay.mul_(self.keep_BT[:, start : start + n].t()[:, :, None, None])
+        for step, row in self.resets[i]:
+            self.decay_steps[step][row].zero_()
         du_LBE = delta_LBE * u_LBE
         h[0] = state_BNE
         torch.mul(du_LBE[:, :, None, :], B_LBN[:, :, :, None], out=h[1:])
@@ -164,67 +166,103 @@ def _contract_inner(x_LBNE: Tensor, vector_LBE: Tensor) -> Tensor:
     return torch.bmm(flat, x_LBNE.reshape(-1, n_state, n_inner).transpose(1, 2)).view(n_step, n_batch, n_state)
 
 
+def _row_blocks(u_BTE: Tensor, A_EN: Tensor) -> list[slice]:
+    n_batch = u_BTE.shape[0]
+    step = n_batch if u_BTE.device.type != "cpu" else max(1, STEP_ELEMENTS // A_EN.numel())
+    return [slice(i, min(i + step, n_batch)) for i in range(0, n_batch, step)]
+
+
+def _chunk_size(u_BTE: Tensor, A_EN: Tensor) -> int:
+    first = _row_blocks(u_BTE, A_EN)[0]
+    return max(CHUNK_MIN, min(CHUNK_MAX, CHUNK_ELEMENTS // (first.stop * A_EN.numel())))
+
+
 class _ChunkedScan(torch.autograd.Function):
-    """`delta` and `state` decide the dtype of the recurrence; the other inputs are converted a chunk at a time."""
+    """`delta` decides the dtype of the recurrence; the other inputs are converted a chunk at a time."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        u_BTE, delta_BTE, A_EN, B_BTN, C_BTN, D_E, state_BEN, keep_BT = inputs
-        chunks = _Chunks(u_BTE, delta_BTE, A_EN, B_BTN, C_BTN, keep_BT)
-        n_batch, n_time, n_inner = u_BTE.shape
-        y_BTE = torch.empty_like(u_BTE, memory_format=torch.contiguous_format)
-        D = D_E.to(chunks.dtype)
-        starts = range(0, n_time, chunks.size)
-        saved = delta_BTE.new_empty(len(starts), n_batch, A_EN.shape[1], n_inner)
-        state_BNE = state_BEN.transpose(1, 2).to(chunks.dtype)
-        for i, start in enumerate(starts):
-            saved[i] = state_BNE
-            u, delta, B, C = chunks.slices(start)
-            chunks.states(start, u, delta, B, state_BNE)
-            n = u.shape[0]
-            y_BTE[:, start : start + n] = _contract(chunks.h[1 : n + 1], C).addcmul_(u, D).transpose(0, 1)
-            state_BNE = chunks.h[n]
-        ctx.save_for_backward(u_BTE, delta_BTE, A_EN, B_BTN, C_BTN, D_E, keep_BT, saved)
+        u, delta, A_EN, B, C, D_E, state_BEN, reset_BT = inputs
+        y_BTE = torch.empty_like(u, memory_format=torch.contiguous_format)
+        last_BEN = torch.empty_like(state_BEN, dtype=delta.dtype, memory_format=torch.contiguous_format)
+        n_chunk = -(-u.shape[1] // _chunk_size(u, A_EN))
+        before_ZBNE = delta.new_empty(n_chunk, u.shape[0], *A_EN.shape[::-1])  # the state before each chunk
+        for rows in _row_blocks(u, A_EN):
+            chunks = _Chunks(rows, (u, delta, B, C), A_EN, reset_BT)
+            last_BEN[rows] = _forward(chunks, D_E, state_BEN[rows], y_BTE[rows], before_ZBNE[:, rows])
+        ctx.save_for_backward(u, delta, A_EN, B, C, D_E, reset_BT, before_ZBNE)
         ctx.state_dtype = state_BEN.dtype
-        return y_BTE, state_BNE.transpose(1, 2).contiguous()
+        return y_BTE, last_BEN
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_BTE: Tensor, dstate_BEN: Tensor) -> tuple[Tensor | None, ...]:
-        u_BTE, delta_BTE, A_EN, B_BTN, C_BTN, D_E, keep_BT, saved = ctx.saved_tensors
-        chunks = _Chunks(u_BTE, delta_BTE, A_EN, B_BTN, C_BTN, keep_BT)
-        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u_BTE, delta_BTE, B_BTN, C_BTN)]
-        dA_NE = torch.zeros_like(chunks.A_NE)
-        D = D_E.to(chunks.dtype)
-        dD_E = torch.zeros_like(D)
-        g = torch.empty_like(chunks.h)
-        g_steps = g.unbind(0)
-        carry_BNE = dstate_BEN.transpose(1, 2)  # gradient of the state after the chunk
-        for i in reversed(range(saved.shape[0])):
-            start = i * chunks.size
-            u, delta, B, C = chunks.slices(start)
-            n = u.shape[0]
-            dy = dy_BTE[:, start : start + n].transpose(0, 1).to(chunks.dtype)
-            du_LBE = chunks.states(start, u, delta, B, saved[i])
-            decay, h = chunks.decay[:n], chunks.h[: n + 1]
-            # gradient of each state: dy_t C_t + decay_{t+1} g_{t+1}
-            torch.mul(dy[:, :, None, :], C[:, :, :, None], out=g[:n])
-            g_steps[n - 1].add_(carry_BNE)
-            for t in range(n - 2, -1, -1):
-                g_steps[t].addcmul_(chunks.decay_steps[t + 1], g_steps[t + 1])
-            dinput = _contract(g[:n], B)  # gradient of delta * u
-            dD_E += (dy * u).sum((0, 1))
-            dB, dC = _contract_inner(g[:n], du_LBE), _contract_inner(h[1:], dy)
-            q = h[:-1].mul_(decay).mul_(g[:n])  # gradient of the exponent delta * A
-            carry_BNE = decay[0] * g[0]
-            ddelta = torch.mul(q, chunks.A_NE, out=g[:n]).sum(2).addcmul_(dinput, u)
-            dA_NE += q.mul_(delta[:, :, None, :]).sum((0, 1))
-            du = dinput.mul_(delta).addcmul_(dy, D)
-            for grad, part in zip(grads, (du, ddelta, dB, dC), strict=True):
-                grad[:, start : start + n] = part.transpose(0, 1)
-        du_BTE, ddelta_BTE, dB_BTN, dC_BTN = grads
-        dstate = carry_BNE.transpose(1, 2).to(ctx.state_dtype)
-        return du_BTE, ddelta_BTE, dA_NE.t().to(A_EN.dtype), dB_BTN, dC_BTN, dD_E.to(D_E.dtype), dstate, None
+    def backward(ctx: Any, dy_BTE: Tensor, dlast_BEN: Tensor) -> tuple[Tensor | None, ...]:
+        u, delta, A_EN, B, C, D_E, reset_BT, before_ZBNE = ctx.saved_tensors
+        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u, delta, B, C)]
+        dA_NE = torch.zeros(A_EN.shape[::-1], dtype=delta.dtype, device=u.device)
+        dD_E = torch.zeros_like(D_E, dtype=delta.dtype)
+        dstate_BEN = torch.empty_like(dlast_BEN, memory_format=torch.contiguous_format)
+        for rows in _row_blocks(u, A_EN):
+            chunks = _Chunks(rows, (u, delta, B, C), A_EN, reset_BT)
+            parts = [grad[rows] for grad in grads]
+            carry = dlast_BEN[rows]
+            dstate_BEN[rows] = _backward(chunks, D_E, before_ZBNE[:, rows], dy_BTE[rows], carry, parts, dA_NE, dD_E)
+        du, ddelta, dB, dC = grads
+        dA, dD, dstate = dA_NE.t().to(A_EN.dtype), dD_E.to(D_E.dtype), dstate_BEN.to(ctx.state_dtype)
+        return du, ddelta, dA, dB, dC, dD, dstate, None
+
+
+def _forward(chunks: _Chunks, D_E: Tensor, state_BEN: Tensor, y_BTE: Tensor, before_ZBNE: Tensor) -> Tensor:
+    """Fill y and the state before each chunk; returns the state after the last."""
+    D = D_E.to(chunks.dtype)
+    state_BNE = state_BEN.transpose(1, 2)
+    for i, start in enumerate(chunks.starts):
+        before_ZBNE[i] = state_BNE
+        u, delta, B, C = chunks.slices(start)
+        chunks.states(i, u, delta, B, before_ZBNE[i])
+        n = u.shape[0]
+        y_BTE[:, start : start + n] = _contract(chunks.h[1 : n + 1], C).addcmul_(u, D).transpose(0, 1)
+        state_BNE = chunks.h[n]
+    return state_BNE.transpose(1, 2)
+
+
+def _backward(
+    chunks: _Chunks,
+    D_E: Tensor,
+    before_ZBNE: Tensor,
+    dy_BTE: Tensor,
+    dlast_BEN: Tensor,
+    grads: list[Tensor],
+    dA_NE: Tensor,
+    dD_E: Tensor,
+) -> Tensor:
+    """Fill the gradients of u, delta, B, C; add to those of A and D; returns that of the state before the rows."""
+    D = D_E.to(chunks.dtype)
+    g = torch.empty_like(chunks.h)
+    g_steps = g.unbind(0)
+    carry_BNE = dlast_BEN.transpose(1, 2)  # gradient of the state after the chunk
+    for i, start in reversed(list(enumerate(chunks.starts))):
+        u, delta, B, C = chunks.slices(start)
+        n = u.shape[0]
+        dy = dy_BTE[:, start : start + n].transpose(0, 1).to(chunks.dtype)
+        du_LBE = chunks.states(i, u, delta, B, before_ZBNE[i])
+        decay, h = chunks.decay[:n], chunks.h[: n + 1]
+        # gradient of each state: dy_t C_t + decay_{t+1} g_{t+1}
+        torch.mul(dy[:, :, None, :], C[:, :, :, None], out=g[:n])
+        g_steps[n - 1].add_(carry_BNE)
+        for t in range(n - 2, -1, -1):
+            g_steps[t].addcmul_(chunks.decay_steps[t + 1], g_steps[t + 1])
+        dinput = _contract(g[:n], B)  # gradient of delta * u
+        dD_E += (dy * u).sum((0, 1))
+        dB, dC = _contract_inner(g[:n], du_LBE), _contract_inner(h[1:], dy)
+        q = h[:-1].mul_(decay).mul_(g[:n])  # gradient of the exponent delta * A
+        carry_BNE = decay[0] * g[0]
+        ddelta = torch.mul(q, chunks.A_NE, out=g[:n]).sum(2).addcmul_(dinput, u)
+        dA_NE += q.mul_(delta[:, :, None, :]).sum((0, 1))
+        du = dinput.mul_(delta).addcmul_(dy, D)
+        for grad, part in zip(grads, (du, ddelta, dB, dC), strict=True):
+            grad[:, start : start + n] = part.transpose(0, 1)
+    return carry_BNE.transpose(1, 2)
 
 
 SELECTIVE_SCAN = {"chunked": _selective_scan_chunked, "ref": selective_scan_ref}
