@@ -3,6 +3,8 @@
 import ast
 import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -101,6 +103,20 @@ def test_questions_for_the_quickstart_are_about_known_entities() -> None:
     asked = re.findall(r'--run quickstart .*?-p "([^"]+)"', text)
     assert len(asked) >= 3
     assert [question for question in asked if not any(name in question for name in known)] == []
+
+
+def test_architecture_names_every_room() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    rooms = [path for path in (ROOT / "nanochat").iterdir() if path.name[0] not in "_." and path.name != "py.typed"]
+    missing = [path.name for path in rooms if (path.name if path.is_file() else f"{path.name}/") not in text]
+    assert missing == []
+
+
+def test_imports_run_downward() -> None:
+    """The contract of pyproject.toml, so that CI sees it."""
+    call = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
+    done = subprocess.run([sys.executable, "-c", call], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def messages() -> str:
