@@ -66,14 +66,11 @@ def causal_conv_step(
     x_BE: Tensor, weight_EK: Tensor, bias_E: Tensor | None, state: Tensor, activation: bool = True
 ) -> Tensor:
     """One token of decoding, no gradient: shifts `state` (B, K-1, E) in place and returns `y_BE`."""
-    weight_KE = weight_EK.t().to(x_BE.dtype)
-    y_BE = x_BE * weight_KE[-1]
-    for k, past in enumerate(state.to(x_BE.dtype).unbind(1)):
-        y_BE.addcmul_(past, weight_KE[k])
+    window_BKE = torch.cat((state, x_BE[:, None].to(state.dtype)), 1)
+    state.copy_(window_BKE[:, 1:])
+    y_BE = window_BKE.mul_(weight_EK.t().contiguous()).sum(1).to(x_BE.dtype)
     if bias_E is not None:
         y_BE += bias_E.to(x_BE.dtype)
-    if state.shape[1]:
-        state.copy_(torch.cat((state[:, 1:], x_BE[:, None].to(state.dtype)), 1))
     return F.silu(y_BE, inplace=True) if activation else y_BE
 
 

@@ -24,6 +24,11 @@ CHUNK_MIN, CHUNK_MAX, CHUNK_ELEMENTS = 16, 32, 1 << 20
 STEP_ELEMENTS = 1 << 15  # states of the rows that one CPU multiply-add advances
 
 
+# Two habits for the CPU: exp2 takes half of exp's time, and a twentieth where the result underflows; and a vector
+# times a transposed matrix is up to seven times faster in MKL's batched product than the matrix times the vector.
+LOG_2 = math.log(2)
+
+
 def selective_scan(
     u_BTE: Tensor,
     delta_BTE: Tensor,
@@ -82,9 +87,9 @@ def selective_scan_step(
     dtype = state_BEN.dtype
     u = u_BE.to(dtype)
     delta = delta_BE.to(dtype)
-    state_BEN.mul_((delta[:, :, None] * A_EN).exp_())
+    state_BEN.mul_(((delta / LOG_2)[:, :, None] * A_EN).exp2_())
     state_BEN.addcmul_((delta * u)[:, :, None], B_BN.to(dtype)[:, None, :])
-    y_BE = torch.bmm(state_BEN, C_BN.to(dtype)[:, :, None])[:, :, 0]
+    y_BE = torch.bmm(C_BN.to(dtype)[:, None, :], state_BEN.mT)[:, 0]
     return y_BE.addcmul_(u, D_E.to(dtype)).to(u_BE.dtype)
 
 
@@ -120,8 +125,7 @@ class _Chunks:
         self.size = _chunk_size(inputs[0], A_EN)
         self.starts = range(0, self.n_time, self.size)
         self.A_NE = A_EN.to(self.dtype).t().contiguous()
-        # exp2 takes half of exp's time on a CPU, and a twentieth where the result underflows
-        self.A2_NE = self.A_NE / math.log(2)
+        self.A2_NE = self.A_NE / LOG_2
         self.resets: list[list[list[int]]] = [[] for _ in self.starts]
         for row, time in [] if reset_BT is None else torch.nonzero(reset_BT[rows]).tolist():
             self.resets[time // self.size].append([time % self.size, row])
@@ -162,7 +166,6 @@ def _contract_inner(x_LBNE: Tensor, vector_LBE: Tensor) -> Tensor:
     """Sum over E of x * vector -> (L, B, N)."""
     n_step, n_batch, n_state, n_inner = x_LBNE.shape
     flat = vector_LBE.reshape(n_step * n_batch, 1, n_inner)
-    # vector times transposed matrix: the other order is seven times slower in MKL
     return torch.bmm(flat, x_LBNE.reshape(-1, n_state, n_inner).transpose(1, 2)).view(n_step, n_batch, n_state)
 
 

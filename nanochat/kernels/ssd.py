@@ -91,7 +91,8 @@ def ssd_step(
     state_BHPN.mul_((dt * A_H).exp_()[:, :, None, None])
     rows = state_BHPN.view(n_batch, n_group, -1, n_state)
     rows.addcmul_((x * dt[:, :, None]).view(n_batch, n_group, -1, 1), B[:, :, None, :])
-    y = torch.matmul(rows, C[:, :, :, None]).view(n_batch, n_head, n_width)
+    # vector times transposed matrix: the other order is five times slower in MKL's batched product
+    y = torch.bmm(C.reshape(-1, 1, n_state), rows.flatten(0, 1).mT).view(n_batch, n_head, n_width)
     return y.addcmul_(x, D_H.to(dtype)[:, None]).to(x_BHP.dtype)
 
 
