@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -158,7 +159,7 @@ class TrainSettings:
             "total_batch_size", "num_iterations", "target_tokens", "eval_every", "save_every", "clip", "max_minutes",
             "seed", "lr_scale", "matrix_lr", "embedding_lr", "head_lr", "small_lr", "weight_decay",
         ):  # fmt: skip
-            if getattr(self, flag) < 0:
+            if not getattr(self, flag) >= 0:  # nan neither
                 raise UsageError(f"--{flag} {getattr(self, flag)}: must not be negative")
         for flag in ("warmup", "warmdown", "final_lr"):
             if not 0 <= getattr(self, flag) <= 1:
@@ -179,7 +180,8 @@ def check_architecture(saved: ModelConfig, settings: TrainSettings, where: str) 
         if name in ("pattern", "ssm"):
             same = replace(saved, **{name: value}).blocks == saved.blocks
         elif name in RESOLVED:  # 0 or more than fits means what it meant when the model was made
-            same = getattr(replace(saved, **{name: value}).resolved(), name) == have
+            with suppress(UsageError):
+                same = getattr(replace(saved, **{name: value}).resolved(), name) == have
         if not same:
             raise UsageError(
                 f"--{name} {value} contradicts the checkpoint {where}, which has {name} = {have}: "
