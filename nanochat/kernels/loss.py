@@ -63,11 +63,8 @@ def linear_nll(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap:
     out_N = hidden_ND.new_zeros(hidden_ND.shape[0])
     rows_M = torch.nonzero(targets_N != IGNORE)[:, 0]
     for rows in rows_M.split(_chunk_rows(weight_VD.shape[0], 4)):
-        logits_MV = hidden_ND[rows] @ weight_VD.t()
-        if softcap:
-            logits_MV.div_(softcap).tanh_().mul_(softcap)
-        picked_M = logits_MV.gather(1, targets_N[rows, None])[:, 0]
-        out_N[rows] = logits_MV.logsumexp(-1) - picked_M
+        logits_MV = (hidden_ND[rows] * (2 / softcap if softcap else 1.0)) @ weight_VD.t()
+        out_N[rows] = _logits_to_gradient(logits_MV, targets_N[rows, None], softcap, gradient=False)[:, 0]
     return out_N
 
 
