@@ -200,7 +200,9 @@ def real_text(tmp_path: Path, shared: Path, **variables: str) -> subprocess.Comp
     (tmp_path / "texts").mkdir()
     for i in range(80):
         (tmp_path / "texts" / f"{i}.txt").write_text(f"Text {i}, and a number: {i * i}.\n" * 20)
-    environment = {**os.environ, "NANOCHAT_OUT": str(tmp_path / "out"), "NANOCHAT_SHARED": str(shared), **variables}
+    inherited = {k: v for k, v in os.environ.items() if k != "ARGS"}  # make's own ARGS would reach the script
+    where = {"NANOCHAT_OUT": str(tmp_path / "out"), "NANOCHAT_SHARED": str(shared)}
+    environment = {**inherited, **where, **variables}
     command = [str(ROOT / "runs" / "real_text.sh"), str(tmp_path / "texts"), "mine"]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
@@ -243,7 +245,7 @@ def test_real_text_script_calls_commands_that_parse(
 
 @pytest.mark.slow
 def test_real_text_script_runs(tmp_path: Path) -> None:
-    tiny = {"DEPTH": "2", "VOCAB": "400", "SEQ": "64", "BATCH": "2", "PROBLEMS": "2", "ARGS": "--d_model=64"}
+    tiny = {"DEPTH": "2", "VOCAB": "400", "SEQ": "64", "BATCH": "2", "PROBLEMS": "2", "FLAGS": "--d_model=64"}
     minutes = dict.fromkeys(("MINUTES", "MID_MINUTES", "SFT_MINUTES"), "0.02")
     done = real_text(tmp_path, tmp_path / "none", **tiny, **minutes)
     assert done.returncode == 0, done.stderr
