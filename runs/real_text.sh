@@ -14,7 +14,7 @@
 #   DEPTH=4 PATTERN=hybrid VOCAB=8192 SEQ=512 BATCH=8    the model, and rows a step
 #   MINUTES=10 MID_MINUTES=3 SFT_MINUTES=3               of training
 #   PROBLEMS=200                                         problems of each task to evaluate
-#   PROMPT="..." ARGS="..."                              the question; more flags for every training stage
+#   PROMPT="..." FLAGS="..."                             the question; more flags for every training stage
 #   NANOCHAT=.venv/bin/nanochat                          the program
 set -euo pipefail
 
@@ -33,7 +33,7 @@ depth=${DEPTH:-4} pattern=${PATTERN:-hybrid} vocab=${VOCAB:-8192} seq=${SEQ:-512
 minutes=${MINUTES:-10} mid_minutes=${MID_MINUTES:-3} sft_minutes=${SFT_MINUTES:-3}
 problems=${PROBLEMS:-200}
 prompt=${PROMPT:-"Natalia has 3 boxes with 4 pens each. How many pens does she have?"}
-read -r -a args <<< "${ARGS:-}"
+read -r -a flags <<< "${FLAGS:-}"
 
 nanochat=nanochat
 if [ -x .venv/bin/nanochat ]; then nanochat=.venv/bin/nanochat; fi
@@ -69,7 +69,7 @@ if [ ${#train_tasks[@]} -eq 0 ]; then
     eval_tasks=("world-qa:known=200,part=heldout")
 fi
 
-common=(--run "$run" --device_batch_size "$batch" --sequence_len "$seq" ${args[@]+"${args[@]}"})
+common=(--run "$run" --device_batch_size "$batch" --sequence_len "$seq" ${flags[@]+"${flags[@]}"})
 
 if [ ! -d "$out/$run/tokenizer" ]; then
     say "tokenizer: $vocab tokens from $data"
