@@ -16,7 +16,8 @@ from torch.autograd.function import once_differentiable
 from nanochat.kernels.dispatch import choose
 
 IGNORE = -1
-CHUNK_BYTES = 32 << 20  # logits of one chunk: smaller ones starve the matmuls
+# logits of one chunk: small enough for a CPU's cache, but with fewer than CHUNK_ROWS rows the matmuls starve
+CHUNK_BYTES, CHUNK_ROWS, CHUNK_BYTES_MAX = 8 << 20, 256, 64 << 20
 COLUMNS = 4096  # of the vocabulary, that one CPU matmul takes at a time
 BLOCK_BYTES = 1 << 20  # rows of logits that the passes between the matmuls take at a time: stays in cache
 
@@ -69,7 +70,8 @@ def linear_nll(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap:
 
 
 def _chunk_rows(n_vocab: int, n_bytes: int) -> int:
-    return max(16, CHUNK_BYTES // (n_vocab * n_bytes))
+    row = n_vocab * n_bytes
+    return max(16, min(max(CHUNK_ROWS, CHUNK_BYTES // row), CHUNK_BYTES_MAX // row))
 
 
 def _linear_cross_entropy_chunked(
