@@ -245,4 +245,4 @@ def quickstart(argv: list[str] | None = None) -> None:
     runtime.print0(f"\n{table(metrics)}\n\nreport: {directory / 'report.html'}")
     question = open_task(plan(settings).evaluation["closed_book_known_em"])[0]["messages"][0]["content"]
     command = Path(sys.prefix) / "bin" / "nanochat"
-    runtime.print0(f"talk to it: {command} chat_cli --run {settings.run} -p {json.dumps(question)}")
+    runtime.print0(f"talk to it: {command} chat_cli --run {settings.run} --temperature 0 -p {json.dumps(question)}")
