@@ -8,12 +8,14 @@ else runs on the machine can only add time). Ratios:
     share_of_read_bandwidth_b1   bytes of weights and states read for a token / time / measured read bandwidth (fp32)
     batch8_over_batch1           tokens/s of 8 rows over 1 row (fp32)
     <weights>_b<n>_vs_nanochat   decode, and <weights>_prefill_vs_nanochat, over nanochat's Engine in fp32
+    <weights>_loss_bits_per_byte what the format adds to the loss of a trained model (--loss_of) on new text
     ragged64_waste               time of 64 prompts of 1 to 512 tokens over that of as many tokens in equal prompts
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import time
 from typing import Any
@@ -21,8 +23,10 @@ from typing import Any
 import torch
 
 from benchmarks.common import report, run_peer, time_best
+from nanochat.data.corpus import open_corpus
 from nanochat.engine import cache
 from nanochat.engine.generate import Engine, prefill
+from nanochat.engine.load import load_checkpoint
 from nanochat.engine.quantize import FORMATS, prepare
 from nanochat.engine.sampling import Sampling
 from nanochat.model.config import ModelConfig
@@ -42,35 +46,49 @@ def main() -> None:
     parser.add_argument("--batch", nargs="*", type=int, default=list(BATCHES))
     parser.add_argument("--tokens", type=int, default=12, help="decoded for each measurement")
     parser.add_argument("--ragged", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--loss_of", help="a trained stage or checkpoint: also state what each format adds to its loss")
+    parser.add_argument("--text", default="world:seed=0,known=200", help="corpus for --loss_of, as in base_train")
     parser.add_argument("--peer", help="checkout of karpathy/nanochat to measure in the same run")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
     ratios: dict[str, float] = {}
     bandwidth = read_bandwidth()
     for shape in args.shape:
-        prefix = "" if shape == "d12" or len(args.shape) == 1 else f"{shape}_"
-        peer = {row["batch"]: row for row in measure_peer(shape, args)} if args.peer else {}
-        rows += [{"shape": shape, "engine": "nanochat", "weights": "fp32", **row} for row in peer.values()]
-        for weights in args.weights:
-            model = prepare(build(shape, args.pattern), weights)
-            measured = {batch: measure(model, batch, args.tokens) for batch in args.batch}
-            rows += [{"shape": shape, "engine": "ours", "weights": weights, **row} for row in measured.values()]
-            if weights == "fp32" and 1 in measured:
-                read = bytes_read(model) * measured[1]["decode"]
-                ratios[f"{prefix}share_of_read_bandwidth_b1"] = read / bandwidth
-                if 8 in measured:
-                    ratios[f"{prefix}batch8_over_batch1"] = measured[8]["decode"] / measured[1]["decode"]
-            for batch, row in measured.items():
-                if batch in peer:
-                    ratios[f"{prefix}{weights}_b{batch}_vs_nanochat"] = row["decode"] / peer[batch]["decode"]
-            if peer:
-                best = max(row["prefill"] for row in peer.values())
-                ratios[f"{prefix}{weights}_prefill_vs_nanochat"] = max(r["prefill"] for r in measured.values()) / best
-            if args.ragged and weights == args.weights[0] and shape == args.shape[-1]:
-                ratios["ragged64_waste"] = ragged_waste(model)
-            del model
+        prefix = f"{shape}_" if len(args.shape) > 1 and shape != args.shape[0] else ""
+        found, compared = measure_shape(shape, args, bandwidth)
+        rows += found
+        ratios |= {prefix + name: value for name, value in compared.items()}
+    if args.ragged:
+        ratios["ragged64_waste"] = ragged_waste(build(args.shape[-1], args.pattern))
+    if args.loss_of:
+        losses = {w: loss_of(args.loss_of, args.text, w) for w in dict.fromkeys(["fp32", *args.weights])}
+        rows += [{"shape": args.loss_of, "weights": w, "bits_per_byte": loss} for w, loss in losses.items()]
+        ratios |= {f"{w}_loss_bits_per_byte": loss - losses["fp32"] for w, loss in losses.items() if w != "fp32"}
     rows.append({"shape": "read bandwidth", "engine": f"{bandwidth / 1e9:.1f} GB/s"})
     report("decode", rows, ratios)
+
+
+def measure_shape(
+    shape: str, args: argparse.Namespace, bandwidth: float
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Rows and ratios of one shape: the peer first, then every weight format."""
+    peer = {row["batch"]: row for row in measure_peer(shape, args)} if args.peer else {}
+    rows: list[dict[str, Any]] = [{"shape": shape, "engine": "nanochat", "weights": "fp32", **r} for r in peer.values()]
+    ratios: dict[str, float] = {}
+    for weights in args.weights:
+        model = prepare(build(shape, args.pattern), weights)
+        measured = {batch: measure(model, batch, args.tokens) for batch in args.batch}
+        rows += [{"shape": shape, "engine": "ours", "weights": weights, **row} for row in measured.values()]
+        if weights == "fp32" and 1 in measured:
+            ratios["share_of_read_bandwidth_b1"] = bytes_read(model) * measured[1]["decode"] / bandwidth
+            if 8 in measured:
+                ratios["batch8_over_batch1"] = measured[8]["decode"] / measured[1]["decode"]
+        for batch in peer:
+            ratios[f"{weights}_b{batch}_vs_nanochat"] = measured[batch]["decode"] / peer[batch]["decode"]
+        if peer:
+            best = max(row["prefill"] for row in peer.values())
+            ratios[f"{weights}_prefill_vs_nanochat"] = max(r["prefill"] for r in measured.values()) / best
+    return rows, ratios
 
 
 def build(shape: str, pattern: str) -> LM:
@@ -110,6 +128,20 @@ def bytes_read(model: LM) -> float:
     with torch.no_grad():
         states, _ = prefill(model, [[1] * PROMPT])
     return weights + cache.nbytes(states)
+
+
+def loss_of(source: str, text: str, weights: str, n_tokens: int = 40_000) -> float:
+    """Bits per byte of a trained model with these weights on held-back text, document by document."""
+    loaded = load_checkpoint(source, device="cpu", quantize=weights)
+    nats, n_bytes, seen = 0.0, 0, 0
+    for document in open_corpus(text).documents("val"):
+        ids = torch.tensor([loaded.tokenizer.encode(document, bos=True)[: loaded.model.config.sequence_len + 1]])
+        nats += float(loaded.model.nll(ids[:, :-1], ids[:, 1:]).double().sum())
+        n_bytes += int(loaded.tokenizer.token_bytes[ids[0, 1:].numpy()].sum())
+        seen += ids.size(1)
+        if seen >= n_tokens:
+            break
+    return nats / math.log(2) / n_bytes
 
 
 def read_bandwidth() -> float:
