@@ -25,6 +25,8 @@ from tqdm import tqdm
 from nanochat import checkpoint, config
 from nanochat.data.batches import IGNORED, Batch
 from nanochat.errors import NanochatError, UsageError
+from nanochat.kernels.loss import LINEAR_CROSS_ENTROPY
+from nanochat.kernels.scan import SELECTIVE_SCAN
 from nanochat.model.lm import LM
 from nanochat.report import read_log
 from nanochat.runtime import Runtime, all_reduce_sum, log, peak_memory_bytes, rng_state, set_rng_state
@@ -152,7 +154,11 @@ class Trainer:
         """The function (batch) -> sum(weights * nll), compiled where that pays: on CUDA; on a CPU it takes a minute."""
         on = self.settings.compile == "on" or (self.settings.compile == "auto" and self.runtime.device.type == "cuda")
         log.info("torch.compile: %s (--compile %s)", "on" if on else "off", self.settings.compile)
-        return torch.compile(self.model.loss, dynamic=False) if on else self.model.loss
+        if not on:
+            return self.model.loss
+        for table in (SELECTIVE_SCAN, LINEAR_CROSS_ENTROPY):  # gradients and buffers by hand: called, never traced
+            table.update({name: torch.compiler.disable(op) for name, op in table.items()})
+        return torch.compile(self.model.loss, dynamic=False)
 
     def run(self) -> dict[str, float]:
         """Train to the end (or go on from the newest checkpoint) and return the final metrics."""

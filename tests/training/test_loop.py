@@ -377,6 +377,19 @@ def test_fp16_scales_the_loss_and_survives_an_overflow(
     assert state["scaler"]["scale"] == scales[1]
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_compiled_training_gives_the_same_losses(finished: Path, tmp_path: Path) -> None:
+    """Needs a C++ compiler, and two minutes."""
+    losses = []
+    for compiled in ("off", "on"):
+        copy_run(finished, tmp_path / compiled, "tokenizer")
+        train("base", tmp_path / compiled, compile=compiled, pattern="M M2 T", depth=3, num_iterations=3)
+        log = read_log(tmp_path / compiled / "tiny/base/log.jsonl")
+        losses.append([record["loss"] for record in log if "loss" in record])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
 def test_wandb_offline_logs_beside_the_jsonl(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
     copy_run(finished, tmp_path, "tokenizer")
