@@ -170,7 +170,7 @@ def _logits_to_gradient(logits_MV: Tensor, targets_M1: Tensor, softcap: float, g
                 torch.ops.aten.sigmoid_backward.grad_input(probs, squashed, grad_input=probs)
             if probs is not logits:
                 logits.copy_(probs)
-    return torch.cat(losses)
+    return torch.cat(losses) if losses else logits_MV.new_zeros(0, 1, dtype=wide)  # every target ignored
 
 
 def _accumulate(total_VD: Tensor, gradient_MV: Tensor, hidden_MD: Tensor) -> None:
