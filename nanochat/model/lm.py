@@ -53,6 +53,7 @@ class LM(nn.Module):
         self.config = config
         self.checkpointing = False  # recompute each block in the backward pass: less memory, about a quarter slower
         self.compute_dtype = torch.float32
+        self.source = ""  # checksum of the checkpoint that its weights came from, when training began
         self.embed = Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList([Block(config, layer) for layer in range(config.depth)])
         self.head = None if config.tie_embeddings else Linear(config.d_model, config.vocab_size)

@@ -92,6 +92,7 @@ def model_from(path: Path, tokenizer: Tokenizer, settings: TrainSettings, rt: Ru
         model = LM(architecture)
     model.to_empty(device=rt.device)
     model.load_state_dict(saved.tensors["model"])
+    model.source = saved.meta["checksum"]
     return model
 
 

@@ -327,6 +327,7 @@ class Trainer:
             "stage": self.directory.name,
             "model_config": self.model.config.to_dict(),
             "tokenizer_hash": self.tokenizer.hash,
+            "source": self.model.source,
             "metrics": {k: v for k, v in p.metrics.items() if math.isfinite(v)},
             "n_steps": self.n_steps,
         }
@@ -357,6 +358,8 @@ class Trainer:
         """Raises UsageError that names what `newest` and this run do not have in common."""
         there = {"steps": meta["n_steps"], "tokenizer": meta["tokenizer_hash"][:12], **meta["model_config"]}
         here = {"steps": self.n_steps, "tokenizer": self.tokenizer.hash[:12], **self.model.config.to_dict()}
+        if "source" in meta:  # the stage before was trained again: what follows from it is stale
+            there["source weights"], here["source weights"] = meta["source"][:12], self.model.source[:12]
         found = [f"{name} {a} there, {b} here" for name, (a, b) in config.differences(there, here).items()]
         if found:
             raise UsageError(

@@ -198,6 +198,15 @@ def test_resuming_with_another_tokenizer_or_other_tasks(finished: Path, tmp_path
     assert train("mid", tmp_path)["final"] == 1.0
 
 
+def test_a_stage_whose_source_was_trained_again_is_stale(finished: Path, tmp_path: Path) -> None:
+    """Without this, `mid_train` after a new base would find its old checkpoint and say that all is done."""
+    copy_run(finished, tmp_path, "tokenizer", "base", "sft")
+    train("base", tmp_path, resume=False, seed=1)
+    with pytest.raises(UsageError, match=r"source weights \w{12} there, \w{12} here.*--no-resume"):
+        train("sft", tmp_path)
+    train("sft", tmp_path, resume=False)
+
+
 def test_two_runs_cannot_write_one_directory(finished: Path, tmp_path: Path) -> None:
     copy_run(finished, tmp_path, "tokenizer")
     with checkpoint.lock(tmp_path / "tiny" / "base"), pytest.raises(NanochatError, match="another run is writing to"):
