@@ -99,7 +99,9 @@ class _ChunkedLoss(torch.autograd.Function):
         wide = _wide(hidden_ND.dtype)
         cast_VD = weight_VD.to(hidden_ND.dtype)
         dhidden_ND = torch.zeros_like(hidden_ND) if need_hidden else None
-        dweight_VD = torch.zeros_like(weight_VD, dtype=wide) if need_weight else None
+        dweight_VD = torch.empty_like(weight_VD, dtype=wide) if need_weight else None
+        if dweight_VD is not None and not len(hidden_ND):
+            dweight_VD.zero_()
         total = hidden_ND.new_zeros((), dtype=wide)
         n_row, n_vocab = hidden_ND.shape[0], weight_VD.shape[0]
         buffer_MV = hidden_ND.new_empty(min(chunk, n_row), n_vocab)
@@ -120,7 +122,7 @@ class _ChunkedLoss(torch.autograd.Function):
             scaled_MD = (hidden_MD * rows_M1).to(hidden_MD.dtype)
             for cols in columns:
                 if dweight_VD is not None:
-                    _accumulate(dweight_VD[cols], logits_MV[:, cols], scaled_MD)
+                    _accumulate(dweight_VD[cols], logits_MV[:, cols], scaled_MD, first=part.start == 0)
                 if dhidden_ND is not None:
                     dhidden_ND[part].addmm_(logits_MV[:, cols], cast_VD[cols])
             if dhidden_ND is not None:
@@ -173,9 +175,12 @@ def _logits_to_gradient(logits_MV: Tensor, targets_M1: Tensor, softcap: float, g
     return torch.cat(losses) if losses else logits_MV.new_zeros(0, 1, dtype=wide)  # every target ignored
 
 
-def _accumulate(total_VD: Tensor, gradient_MV: Tensor, hidden_MD: Tensor) -> None:
+def _accumulate(total_VD: Tensor, gradient_MV: Tensor, hidden_MD: Tensor, first: bool) -> None:
+    """total (+)= gradient.T @ hidden; the first one overwrites what was never set."""
     if total_VD.dtype == hidden_MD.dtype:
-        total_VD.addmm_(gradient_MV.t(), hidden_MD)
+        total_VD.addmm_(gradient_MV.t(), hidden_MD, beta=0 if first else 1)
+    elif first:
+        total_VD.copy_(gradient_MV.t() @ hidden_MD)
     else:
         total_VD += gradient_MV.t() @ hidden_MD
 
