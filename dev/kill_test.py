@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 STAGES = ("tokenizer", "base", "mid", "sft")
+AT_ONCE = 5  # kills of one stage in a round
 WORLD = "world:seed=0,known=20,wordings=4"
 TASKS = ("world-qa:seed=0,known=20,limit=60",)
 
@@ -91,11 +92,6 @@ def content(root: Path, stage: str) -> dict[str, bytes]:
     return {f"{path.name}/{name}": (path / name).read_bytes() for name in names}
 
 
-def life(draws: random.Random, duration: float) -> float:
-    """How long a process lives, up to 80% of what a stage takes undisturbed."""
-    return draws.uniform(0, 0.8 * duration)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
@@ -104,8 +100,10 @@ def main() -> int:
     draws, began = random.Random(options.seed), time.time()
     kills: Counter[str] = Counter()
     resumed = finished = different = 0
+    lives: list[float | None]
     with tempfile.TemporaryDirectory() as scratch:
         reference, duration = Path(scratch) / "reference", {}
+        run("tokenizer", Path(scratch) / "warm", None)  # the server that processes are forked from has started
         for stage in STAGES:
             start = time.time()
             assert run(stage, reference, None)
@@ -115,7 +113,9 @@ def main() -> int:
             root = Path(scratch) / f"round{n_round}"
             n_round += 1
             for stage in STAGES:
-                while not run(stage, root, life(draws, duration[stage]) if kills.total() < options.kills else None):
+                n = min(AT_ONCE, options.kills - kills.total())
+                lives = [draws.uniform(0, 0.8 * duration[stage]) for _ in range(n)] + [None]
+                while not run(stage, root, lives.pop(0)):
                     kills[stage] += 1
                     resumed += check_whole(root / "kill" / stage) > 0
                 finished += 1
