@@ -19,7 +19,7 @@ IGNORE = -1
 # logits of one chunk: small enough for a CPU's cache, but with fewer than CHUNK_ROWS rows the matmuls starve
 CHUNK_BYTES, CHUNK_ROWS, CHUNK_BYTES_MAX = 8 << 20, 256, 64 << 20
 COLUMNS = 4096  # of the vocabulary, that one CPU matmul takes at a time
-BLOCK_BYTES = 1 << 20  # rows of logits that the passes between the matmuls take at a time: stays in cache
+BLOCK_BYTES = 8 << 20  # rows of logits that the passes between the matmuls take at a time: stays in cache
 
 
 def linear_cross_entropy(
