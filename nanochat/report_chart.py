@@ -44,8 +44,12 @@ def smooth(points: Sequence[Point]) -> list[Point]:
 
 
 def finite(points: Sequence[Point]) -> list[Point]:
-    """Without NaN, infinity and what would overflow an axis."""
-    return [(x, y) for x, y in points if abs(x) < 1e30 and abs(y) < 1e30]
+    """Without NaN, infinity and what would overflow an axis; what would underflow one (5e-324 / 4 is 0) becomes 0."""
+
+    def flushed(value: float) -> float:
+        return value if abs(value) > 1e-30 else 0.0
+
+    return [(flushed(x), flushed(y)) for x, y in points if abs(x) < 1e30 and abs(y) < 1e30]
 
 
 def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:

@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nanochat import checkpoint, report
@@ -284,6 +284,8 @@ def test_ticks_lie_inside_and_rise(low, factor):
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 1e9), st.floats(allow_nan=True, allow_infinity=True)), max_size=30))
+@example([(5e-324, 0.0)])
+@example([(0.0, 5e-324), (1.0, 1.0)])
 def test_any_curve_makes_a_chart_or_nothing(points):
     html = line_chart("t<", [Series("s&", sorted(points, key=lambda p: p[0]))], "x", "y")
     if html:
