@@ -1,7 +1,8 @@
-"""The records of retrieval (Document, Hit) and the protocols its parts meet through (Index, Embedder, Reranker, Retriever).
+"""The records of retrieval (Document, Hit) and the protocols that its parts meet through: Index, Embedder, Reranker,
+Retriever.
 
-Inside the room a *passage* (a document, or a piece of a long one) is known by its *row*: a number that is given once and
-never reused. Indexes know rows and texts only; ids, versions and metadata stay in the knowledge base's store.
+Inside the room a *passage* (a document, or a piece of a long one) is known by its *row*: a number that is given once
+and never reused. Indexes know rows and texts only; ids, versions and metadata stay in the knowledge base's store.
 """
 
 from __future__ import annotations
