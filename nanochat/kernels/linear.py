@@ -19,6 +19,7 @@ from nanochat.kernels.dispatch import choose
 # With AVX512, larger products go to oneDNN, which does use all threads.
 MAX_ROWS = 64 if torch.backends.cpu.get_cpu_capability() == "AVX2" else 8
 MIN_WEIGHTS = 1 << 14  # below this the calls cost more than the product
+MANY = 8192  # outputs (a head's) from which smaller parts pay: 3.5 instead of 4.4 ms for 1 row of 32768 x 768
 
 
 def linear(x: Tensor, weight_NK: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ def linear_ref(x: Tensor, weight_NK: Tensor) -> Tensor:
 
 def linear_split(x: Tensor, weight_NK: Tensor) -> Tensor:
     n_out, n_in = weight_NK.shape
-    n_parts = 8 if n_out % 8 == 0 else 2 if n_out % 2 == 0 else 1
+    n_parts = next(n for n in ((32, 8, 2, 1) if n_out >= MANY else (8, 2, 1)) if n_out % n == 0)
     parts = weight_NK.view(n_parts, n_out // n_parts, n_in)
     x_MK = x.reshape(-1, n_in)
     n_rows = x_MK.size(0)
