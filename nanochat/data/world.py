@@ -211,28 +211,38 @@ class World:
     def document(self, i: int, wording: int = 0) -> dict[str, Any]:
         """The document of entity i in a wording: {id, title, content, entity, known}. It states all facts."""
         entity = self.entity(i)
+        content = " ".join(sentence for _, sentence in self._sentences(entity, wording))
+        return {"id": f"{i}-{wording}", "title": entity.name, "content": content, "entity": i, "known": entity.known}
+
+    def statements(self, i: int, wording: int = 0) -> dict[str, str]:
+        """relation -> the sentence that states it in this wording of the document."""
+        entity = self.entity(i)
+        relations = lex.RELATIONS[entity.kind]
+        return {relations[k].name: sentence for k, sentence in self._sentences(entity, wording)}
+
+    def _sentences(self, entity: Entity, wording: int) -> list[tuple[int, str]]:
+        """(number of the relation, sentence) in the order of the document."""
         kind, name = entity.kind, entity.name
         values = tuple(entity.facts.values())
         templates = _TEMPLATES[kind]
-        bits = mix(mix(self._keys[_TEXT], i), wording)
+        bits = mix(mix(self._keys[_TEXT], entity.id), wording)
         orders = _ORDERS[kind]
         order = orders[bits % len(orders)]
         bits >>= 12
         pronoun = pronouns(name, kind)[0].capitalize()
-        sentences: list[str] = []
+        sentences: list[tuple[int, str]] = []
         for k in order:
             before, between, after, entity_first = templates[k][bits & 7]
             bits >>= 3
             if entity_first:
                 subject = pronoun if sentences and not before and between[0] == " " and bits & 7 == 0 else name
-                sentences.append(f"{before}{subject}{between}{values[k]}{after}")
+                sentences.append((k, f"{before}{subject}{between}{values[k]}{after}"))
             elif before:
-                sentences.append(f"{before}{values[k]}{between}{name}{after}")
+                sentences.append((k, f"{before}{values[k]}{between}{name}{after}"))
             else:
-                sentences.append(sentence_case(f"{values[k]}{between}{name}{after}"))
+                sentences.append((k, sentence_case(f"{values[k]}{between}{name}{after}")))
             bits >>= 3
-        content = " ".join(sentences)
-        return {"id": f"{i}-{wording}", "title": name, "content": content, "entity": i, "known": entity.known}
+        return sentences
 
     def documents(self, split: str = "known", wordings: int = 1, start: int = 0) -> Iterator[dict[str, Any]]:
         """All documents of a split: each entity in wording 0, then in wording 1 and so on. `start` skips for free."""

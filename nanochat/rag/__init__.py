@@ -1,0 +1,1 @@
+"""Retrieval-augmented generation: documents into prompts, citations and support out of answers."""

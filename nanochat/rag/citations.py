@@ -1,0 +1,98 @@
+"""Citations: how an answer names the documents of its prompt, and how they are read, checked and shown.
+
+The model writes `<|cite_start|>2<|cite_end|>` for document 2 of its own prompt, before the sentence that rests on it.
+Read from token ids, so text that merely looks like a citation is none.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nanochat.retrieval.document import Document
+from nanochat.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A stretch of the answer and the documents (numbers from 1) that were cited right before it."""
+
+    text: str
+    cited: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said: its sentences, whether it abstained, and citations that name no document."""
+
+    sentences: tuple[Sentence, ...]
+    abstained: bool
+    invalid: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """The answer without its citations."""
+        return " ".join(sentence.text for sentence in self.sentences if sentence.text)
+
+    @property
+    def citations(self) -> tuple[int, ...]:
+        """Numbers of the documents that are cited, in order of first mention."""
+        return tuple(dict.fromkeys(number for sentence in self.sentences for number in sentence.cited))
+
+    def render(self) -> str:
+        """The text with citations as [n], each behind its sentence."""
+        shown = (s.text + "".join(f" [{n}]" for n in s.cited) for s in self.sentences if s.text)
+        return " ".join(shown)
+
+
+def parse(ids: Sequence[int], tokenizer: Tokenizer, n_documents: int) -> Answer:
+    """Read an answer from the ids that the model produced (an end token may be among them).
+
+    A citation holds until the next one; several in a row count together. Whatever stands between the tokens of a
+    citation and is no number from 1 to `n_documents` is invalid.
+    """
+    start, end, abstain = (tokenizer.special(name) for name in ("cite_start", "cite_end", "abstain"))
+    sentences: list[Sentence] = []
+    invalid: list[str] = []
+    cited: list[int] = []
+    text: list[int] = []
+    inside: list[int] | None = None
+    abstained = bool(ids) and ids[0] == abstain
+
+    def close() -> None:
+        said = tokenizer.decode(text).strip()
+        if said:
+            sentences.append(Sentence(said, tuple(dict.fromkeys(cited))))
+            cited.clear()
+        text.clear()
+
+    for token in ids:
+        if token == start:
+            close()
+            inside = []
+        elif token == end and inside is not None:
+            label = tokenizer.decode(inside).strip()
+            if re.fullmatch(r"[0-9]{1,4}", label) and 1 <= int(label) <= n_documents:
+                cited.append(int(label))
+            else:
+                invalid.append(label)
+            inside = None
+        elif inside is not None:
+            inside.append(token)
+        elif not tokenizer.is_special(token):
+            text.append(token)
+    if inside is not None:
+        invalid.append(tokenizer.decode(inside).strip())
+    close()
+    return Answer(tuple(sentences), abstained, tuple(invalid))
+
+
+def sources(answer: Answer, documents: Sequence[Document]) -> list[str]:
+    """One line for each cited document: `[2] Title (source)`."""
+    lines = []
+    for number in answer.citations:
+        document = documents[number - 1]
+        where = f" ({document.source})" if document.source else ""
+        lines.append(f"[{number}] {document.title or document.id}{where}")
+    return lines
