@@ -1,35 +1,36 @@
 """Texts to terms: one frozen recipe that an index stores and applies to its documents and to every query alike.
 
-A text is cleaned (lone surrogates, Unicode forms, Chinese and Japanese cut into characters and pairs of them), cut into
-runs of letters and digits, lower-cased, stemmed, and stripped of accents. Stop words stay in the index; a query drops
-them when other words remain, so "the who" still finds the band.
+A text is cleaned (lone surrogates, Unicode forms, Chinese and Japanese cut into characters and pairs of them) and cut
+into words, runs of letters and digits. Each word becomes a term: lower-cased, stemmed, stripped of accents. Stop words
+stay in the index; a query drops them when other words remain, so "the who" still finds the band.
 
-Two engines do this: tantivy, in its own threads, for BM25; and plain Python for the index that needs numpy only. Each is
-consistent with itself, which is what matters; in English both give the same terms, rare scripts aside.
+All in plain Python, also for tantivy's index: terms then depend on no library's version, and a table of the terms of
+known words makes it faster than tantivy's own filters. Stemmers of languages other than English come from tantivy.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from itertools import pairwise
+from typing import Any
 
 from nanochat.errors import UsageError
 from nanochat.retrieval import english
 from nanochat.retrieval.document import clean_text
 
-if TYPE_CHECKING:
-    import tantivy
-
 MAX_WORD_BYTES = 100  # longer "words" are base64, hashes and the like: not indexed
+MAX_KNOWN_WORDS = 1 << 18  # in a table of terms, about 40 MB
 LANGUAGES = (
     "arabic", "danish", "dutch", "english", "finnish", "french", "german", "greek", "hungarian", "italian", "norwegian",
     "portuguese", "romanian", "russian", "spanish", "swedish", "tamil", "turkish",
 )  # fmt: skip
 _WITHOUT_STOP_WORDS = ("arabic", "greek", "romanian", "tamil", "turkish")  # tantivy brings no list for these
+_ASCII_CASED = bytes(c if chr(c).isalnum() and c < 128 else 32 for c in range(256))  # letters and digits, else spaces
+_ASCII_LOWER = _ASCII_CASED.lower()
 _CJK = re.compile("[\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]+")
 _UNDECOMPOSED = str.maketrans(
     {"ß": "ss", "æ": "ae", "œ": "oe", "ø": "o", "đ": "d", "ð": "d", "þ": "th", "ł": "l", "ı": "i", "ħ": "h"}
@@ -88,8 +89,6 @@ class Analyser:
                 raise UsageError(f"analyser setting {name} cannot be {value!r}")
         return cls(**{**settings, "stop_words": None if words is None else tuple(words)})
 
-    # -- the plain-Python engine ---------------------------------------------------------------------------------------
-
     def terms(self, text: str) -> list[str]:
         """The terms of a document, in order and with repetitions. Needs tantivy for languages other than English."""
         return self._terms(self._words(text))
@@ -97,55 +96,41 @@ class Analyser:
     def query_terms(self, text: str) -> list[str]:
         """The terms of a query: those of its words that are no stop words, or of all when nothing else remains."""
         words = self._words(text)
-        return self._terms(self.without_stop_words(words))
+        is_stop = _stop_test(self.language, self.stop_words)
+        return self._terms([word for word in words if not is_stop(word)]) or self._terms(words)
 
     def _words(self, text: str) -> list[str]:
+        if text.isascii():
+            table = _ASCII_LOWER if self.lower_case else _ASCII_CASED
+            return text.encode("ascii").translate(table).decode("ascii").split()
         text = prepare(text)
-        if self.lower_case:
-            text = text.lower()
-        words = (_ascii_words() if text.isascii() else _unicode_words()).findall(text)
-        if text.isascii() and len(text) < MAX_WORD_BYTES:
-            return words
-        return [word for word in words if len(word) < MAX_WORD_BYTES // 4 or len(word.encode()) < MAX_WORD_BYTES]
+        return _unicode_words().findall(text.lower() if self.lower_case else text)
 
-    def _terms(self, words: Sequence[str]) -> list[str]:
-        if self.stem and self.language == "english":
-            words = [english.stem(word) for word in words]
-        elif self.stem and self.language != "none":
-            words = _tantivy_analyzer(self.language, True, False, False).analyze(" ".join(words))
-        return [word if word.isascii() else fold(word) for word in words] if self.fold_accents else list(words)
+    def _terms(self, words: list[str]) -> list[str]:
+        table = _term_table(self.language if self.stem else "none", self.fold_accents)
+        return list(filter(None, map(table.__getitem__, words)))
 
-    # -- tantivy's engine ----------------------------------------------------------------------------------------------
 
-    def tantivy(self) -> tantivy.TextAnalyzer:
-        """Prepared text to terms, for tantivy's indexer."""
-        return _tantivy_analyzer(self.language if self.stem else "none", self.stem, self.lower_case, self.fold_accents)
+class _TermTable(dict[str, str]):
+    """Word -> term, or "" for words that are too long to index; filled as words come, emptied when full."""
 
-    def tantivy_query_terms(self, text: str) -> list[str]:
-        """As `query_terms`, with tantivy's terms."""
-        analyze = self.tantivy().analyze
-        text = prepare(text)
-        words = _tantivy_analyzer("none", False, self.lower_case, False).analyze(text)
-        kept = self.without_stop_words(words)
-        return analyze(text) if len(kept) == len(words) else analyze(" ".join(kept))
+    def __init__(self, stem: Callable[[str], str], fold_accents: bool) -> None:
+        self._stem, self._fold = stem, fold_accents
 
-    # -- both ----------------------------------------------------------------------------------------------------------
-
-    def without_stop_words(self, words: list[str]) -> list[str]:
-        """The words that are no stop words, or all when nothing else remains."""
-        if self.stop_words is not None or self.language in ("english", "none"):
-            stops = _stop_set(self.language, self.stop_words)
-            kept = [word for word in words if word not in stops]
-        elif self.language in _WITHOUT_STOP_WORDS:
-            kept = words
-        else:
-            others = set(_tantivy_stop_filter(self.language).analyze(" ".join(words)))
-            kept = [word for word in words if word in others]
-        return kept or words
+    def __missing__(self, word: str) -> str:
+        if len(word) >= MAX_WORD_BYTES or len(word.encode()) >= MAX_WORD_BYTES:
+            return ""
+        term = self._stem(word)
+        if self._fold and not term.isascii():
+            term = fold(term)
+        if len(self) >= MAX_KNOWN_WORDS:
+            self.clear()
+        self[word] = term
+        return term
 
 
 def prepare(text: str) -> str:
-    """A text as both engines take it: no lone surrogates, Unicode's compatibility forms made one (NFKC), and runs of
+    """A text with no lone surrogates, equal characters made one (Unicode's NFKC), and runs of
     Chinese or Japanese, which put no spaces between words, as their characters and pairs of neighbours."""
     if text.isascii():
         return text
@@ -155,18 +140,13 @@ def prepare(text: str) -> str:
 
 def _characters_and_pairs(match: re.Match[str]) -> str:
     run = match.group()
-    return f" {' '.join(run)} {' '.join(map(''.join, zip(run, run[1:])))} "
+    return f" {' '.join(run)} {' '.join(map(''.join, pairwise(run)))} "
 
 
 def fold(word: str) -> str:
     """Latin, Greek and Cyrillic letters without their accents."""
     bare = _ACCENTS.sub("", unicodedata.normalize("NFKD", word))
     return unicodedata.normalize("NFC", bare).translate(_UNDECOMPOSED)
-
-
-@cache
-def _ascii_words() -> re.Pattern[str]:
-    return re.compile("[a-zA-Z0-9]+")
 
 
 @cache
@@ -177,29 +157,31 @@ def _unicode_words() -> re.Pattern[str]:
 
 
 @cache
-def _stop_set(language: str, words: tuple[str, ...] | None) -> frozenset[str]:
+def _term_table(language: str, fold_accents: bool) -> _TermTable:
+    return _TermTable(_stemmer(language), fold_accents)
+
+
+def _stemmer(language: str) -> Callable[[str], str]:
+    if language == "none":
+        return str
+    if language == "english":
+        return english.stem
+    engine = import_tantivy()
+    analyzer = engine.TextAnalyzerBuilder(engine.Tokenizer.raw()).filter(engine.Filter.stemmer(language)).build()
+    return lambda word: analyzer.analyze(word)[0]
+
+
+@cache
+def _stop_test(language: str, words: tuple[str, ...] | None) -> Callable[[str], bool]:
     if words is not None:
-        return frozenset(words)
-    return english.STOP_WORDS if language == "english" else frozenset()
-
-
-@cache
-def _tantivy_analyzer(language: str, stem: bool, lower_case: bool, fold_accents: bool) -> tantivy.TextAnalyzer:
+        return frozenset(words).__contains__
+    if language == "english":
+        return english.STOP_WORDS.__contains__
+    if language == "none" or language in _WITHOUT_STOP_WORDS:
+        return frozenset[str]().__contains__
     engine = import_tantivy()
-    builder = engine.TextAnalyzerBuilder(engine.Tokenizer.simple()).filter(engine.Filter.remove_long(MAX_WORD_BYTES))
-    if lower_case:
-        builder = builder.filter(engine.Filter.lowercase())
-    if stem and language != "none":
-        builder = builder.filter(engine.Filter.stemmer(language))
-    if fold_accents:
-        builder = builder.filter(engine.Filter.ascii_fold())
-    return builder.build()
-
-
-@cache
-def _tantivy_stop_filter(language: str) -> tantivy.TextAnalyzer:
-    engine = import_tantivy()
-    return engine.TextAnalyzerBuilder(engine.Tokenizer.simple()).filter(engine.Filter.stopword(language)).build()
+    analyzer = engine.TextAnalyzerBuilder(engine.Tokenizer.raw()).filter(engine.Filter.stopword(language)).build()
+    return lambda word: not analyzer.analyze(word)
 
 
 def import_tantivy() -> Any:

@@ -8,10 +8,10 @@ the regions after the first and the second vowel + consonant; suffixes are cut o
 from __future__ import annotations
 
 import re
-from functools import lru_cache
+from collections.abc import Iterable, Mapping
 
 # Snowball's list, its contractions cut at the apostrophe as a tokenizer cuts them.
-STOP_WORDS = frozenset(
+STOP_WORDS = frozenset(  # noqa: SIM905 - a list of 190 quoted words is no easier to read
     """a about above after again against all am an and any are aren as at be because been before being below between
     both but by can cannot could couldn d did didn do does doesn doing don down during each few for from further had
     hadn has hasn have haven having he her here hers herself him himself his how i if in into is isn it its itself let
@@ -22,17 +22,20 @@ STOP_WORDS = frozenset(
 )
 
 _VOWEL, _CONSONANT = "[aeiouy]", "[^aeiouy]"
-_REGION = re.compile(f".*?{_VOWEL}{_CONSONANT}")
+_REGION = re.compile(_VOWEL + _CONSONANT)
 _EARLY_REGION = re.compile("gener|commun|arsen|past|univers|later|emerg|organ|inter")  # the rule would cut too much
 _SHORT_END = re.compile(f"(?:.*{_CONSONANT}{_VOWEL}[^aeiouywxY]|{_VOWEL}{_CONSONANT}|past)$")
 _HAS_VOWEL = re.compile(_VOWEL)
+_CONSONANT_Y = re.compile("(^|[aeiouy])y")
 _DOUBLE = ("bb", "dd", "ff", "gg", "mm", "nn", "pp", "rr", "tt")
 _IRREGULAR = {
-    "skis": "ski", "skies": "sky", "dying": "die", "lying": "lie", "tying": "tie", "idly": "idl", "gently": "gentl",
-    "ugly": "ugli", "early": "earli", "only": "onli", "singly": "singl", "sky": "sky", "news": "news", "howe": "howe",
-    "atlas": "atlas", "cosmos": "cosmos", "bias": "bias", "andes": "andes",
+    "skis": "ski", "skies": "sky", "idly": "idl", "gently": "gentl", "ugly": "ugli", "early": "earli", "only": "onli",
+    "singly": "singl", "sky": "sky", "news": "news", "howe": "howe", "atlas": "atlas", "cosmos": "cosmos",
+    "bias": "bias", "andes": "andes",
 }  # fmt: skip
-_INVARIANT = frozenset(("inning", "outing", "canning", "herring", "earring", "evening", "proceed", "exceed", "succeed"))
+_INVARIANT = frozenset(
+    ("inning", "outing", "canning", "herring", "earring", "evening", "proceed", "exceed", "succeed")
+)
 _STEP2 = {
     "ization": "ize", "ational": "ate", "fulness": "ful", "ousness": "ous", "iveness": "ive", "tional": "tion",
     "biliti": "ble", "lessli": "less", "entli": "ent", "ation": "ate", "alism": "al", "aliti": "al", "ousli": "ous",
@@ -47,16 +50,30 @@ _STEP4 = ("ement", "ance", "ence", "able", "ible", "ment", "ant", "ent", "ism", 
           "ion", "al", "er", "ic")  # fmt: skip
 
 
-@lru_cache(maxsize=200_000)
+def _by_last_letter(suffixes: Iterable[str]) -> dict[str, list[str]]:
+    """Suffixes, the longest first, by the letter that they end in: most words end in none of them."""
+    table: dict[str, list[str]] = {}
+    for suffix in sorted(suffixes, key=len, reverse=True):
+        table.setdefault(suffix[-1], []).append(suffix)
+    return table
+
+
+_ENDS_1B = _by_last_letter(("eedly", "eed", "ingly", "edly", "ing", "ed"))
+_ENDS_2, _ENDS_3, _ENDS_4 = map(_by_last_letter, (_STEP2, _STEP3, _STEP4))
+
+
 def stem(word: str) -> str:
-    """The stem of a lower-case word. Words without ASCII letters come back as they are, more or less."""
+    """The stem of a lower-case word. Words of other alphabets come back as they are."""
     if len(word) < 3:
         return word
     if word in _IRREGULAR:
         return _IRREGULAR[word]
-    word = re.sub("(^|[aeiouy])y", r"\1Y", word)  # Y: a y that is a consonant
-    r1 = _region_after(word, _EARLY_REGION.match(word) or _REGION.match(word))
-    r2 = _region_after(word, _REGION.match(word, r1))
+    if "y" in word:
+        word = _CONSONANT_Y.sub(r"\1Y", word)
+    region = _EARLY_REGION.match(word) or _REGION.search(word)
+    r1 = region.end() if region else len(word)
+    region = _REGION.search(word, r1)
+    r2 = region.end() if region else len(word)
     word = _plural(word)
     if word in _INVARIANT:
         return word
@@ -67,8 +84,12 @@ def stem(word: str) -> str:
     return word.replace("Y", "y")
 
 
-def _region_after(word: str, match: re.Match[str] | None) -> int:
-    return match.end() if match else len(word)
+def _split(word: str, endings: Mapping[str, list[str]]) -> tuple[str, str]:
+    """The word without the longest suffix that it has, and the suffix."""
+    for suffix in endings.get(word[-1:], ()):
+        if word.endswith(suffix):
+            return word[: len(word) - len(suffix)], suffix
+    return word, ""
 
 
 def _plural(word: str) -> str:
@@ -84,13 +105,13 @@ def _plural(word: str) -> str:
 
 def _past_and_gerund(word: str, r1: int) -> str:
     """Step 1b."""
-    for suffix in ("eedly", "eed"):
-        if word.endswith(suffix):
-            return word[: len(word) - len(suffix)] + "ee" if len(word) - len(suffix) >= r1 else word
-    suffix = next((s for s in ("ingly", "edly", "ing", "ed") if word.endswith(s)), "")
-    left = word[: len(word) - len(suffix)]
+    left, suffix = _split(word, _ENDS_1B)
+    if suffix in ("eed", "eedly"):
+        return left + "ee" if len(left) >= r1 else word
     if not suffix or not _HAS_VOWEL.search(left):
         return word
+    if suffix == "ing" and len(left) == 2 and left[1] == "y" and left[0] not in "aeiouy":
+        return left[0] + "ie"  # lying
     if left.endswith(("at", "bl", "iz")):
         return left + "e"
     if left.endswith(_DOUBLE):
@@ -100,20 +121,17 @@ def _past_and_gerund(word: str, r1: int) -> str:
 
 def _suffixes(word: str, r1: int, r2: int) -> str:
     """Steps 2 to 5."""
-    suffix = next((s for s in _STEP2 if word.endswith(s)), "")
-    left = word[: len(word) - len(suffix)]
+    left, suffix = _split(word, _ENDS_2)
     before = {"ogi": "l", "li": "cdeghkmnrt"}.get(suffix, "")
-    if suffix and len(left) >= r1 and (not before or left[-1:] and left[-1] in before):
+    if suffix and len(left) >= r1 and (not before or (left and left[-1] in before)):
         word = left + _STEP2[suffix]
-    suffix = next((s for s in _STEP3 if word.endswith(s)), "")
-    left = word[: len(word) - len(suffix)]
+    left, suffix = _split(word, _ENDS_3)
     if suffix and len(left) >= (r2 if suffix == "ative" else r1):
         word = left + _STEP3[suffix]
-    suffix = next((s for s in _STEP4 if word.endswith(s)), "")
-    left = word[: len(word) - len(suffix)]
+    left, suffix = _split(word, _ENDS_4)
     if suffix and len(left) >= r2 and (suffix != "ion" or left.endswith(("s", "t"))):
         word = left
     left = word[:-1]
-    if word.endswith("e") and (len(left) >= r2 or len(left) >= r1 and not _SHORT_END.match(left)):
+    if word.endswith("e") and (len(left) >= r2 or (len(left) >= r1 and not _SHORT_END.match(left))):
         return left
     return left if word.endswith("ll") and len(left) >= r2 else word

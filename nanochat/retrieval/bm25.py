@@ -1,0 +1,289 @@
+"""BM25 (Robertson and Zaragoza 2009; k1 = 1.2, b = 0.75) over tantivy, an index in Rust that is mapped, not loaded.
+
+A directory holds tantivy's files, which it writes once and replaces only by new ones, and `analyser.json`. A new
+directory shares the files of the one it continues through hard links. Scores are Lucene's BM25 times 2.2 (k1 + 1), with
+lengths rounded to one byte; their statistics count dropped rows until their segment is merged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from nanochat.errors import NanochatError, UsageError
+from nanochat.retrieval.analysis import Analyser, import_tantivy
+from nanochat.retrieval.document import Batch, Found, Settings
+
+if TYPE_CHECKING:
+    import tantivy
+
+THREADS = 2
+HEAP_BYTES = 120_000_000  # of the writer, over all its threads; full, it becomes a segment
+SPARE = 16  # hits asked for beyond k: enough to settle most ties without a second search
+SAME_SCORE = 2e-6  # relative: equal sums added in another order differ by float32's rounding
+TERM_SET = 20_000  # up to so many allowed rows become part of the query; beyond, hits are fetched and then filtered
+_SEGMENT_FILE = re.compile(r"[0-9a-f]{32}\..+")
+_WRITER_LOCK = ".tantivy-writer.lock"
+_ANALYSER = "analyser.json"
+
+
+class BM25Index:
+    """An `Index` (document.py) of texts. Settings: `analyser` (see Analyser.of), and for writing `threads` and
+    `heap_bytes`."""
+
+    kind: ClassVar[str] = "bm25"
+
+    def __init__(self, index: tantivy.Index, analyser: Analyser, directory: Path) -> None:
+        self.analyser = analyser
+        self.directory = directory
+        self._schema = index.schema
+        self._searcher: tantivy.Searcher | None = index.searcher()
+        self.n_rows: int = self._searcher.num_docs
+
+    # -- writing -------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def write(
+        cls,
+        directory: Path,
+        settings: Settings,
+        batches: Iterable[Batch],
+        base: Path | None = None,
+        drop: np.ndarray | None = None,
+    ) -> None:
+        """See `Index.write`. Dropped rows leave the answers at once and the files when their segment is merged."""
+        analyser = Analyser.of(settings.get("analyser")) if base is None else _stored_analyser(base, settings)
+        with _failures(f"cannot write the BM25 index {directory}"):
+            directory.mkdir(parents=True)
+            if base is not None:
+                _share(base, directory)
+            index = _tantivy_index(directory, create=base is None)
+            threads = int(settings.get("threads", THREADS))
+            writer = index.writer(int(settings.get("heap_bytes", HEAP_BYTES)), threads)
+            _fill(writer, analyser, batches, drop)
+            writer.wait_merging_threads()
+            _collect_garbage(index)
+            del writer, index
+            _write_json(directory / _ANALYSER, analyser.settings())
+            (directory / _WRITER_LOCK).unlink(missing_ok=True)
+            _fsync(directory)
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def open(cls, directory: Path, settings: Settings) -> BM25Index:
+        """See `Index.open`. Raises NanochatError for a missing or damaged directory, UsageError for another analyser
+        than the one that the index was built with."""
+        analyser = _stored_analyser(directory, settings)
+        with _failures(f"cannot open the BM25 index {directory}; `verify` tells which file is damaged"):
+            return cls(_open_read_only(directory), analyser, directory)
+
+    def search(self, queries: Sequence[str], k: int, allowed: np.ndarray | None = None) -> list[Found]:
+        """See `Index.search`. Raises NanochatError for a damaged file."""
+        if self._searcher is None:
+            raise UsageError(f"the BM25 index {self.directory} was closed")
+        if isinstance(queries, str):
+            raise UsageError("search takes a list of queries, not one text")
+        with _failures(f"cannot search the BM25 index {self.directory}; `verify` tells which file is damaged"):
+            return [self._search(self._searcher, query, k, allowed) for query in queries]
+
+    def close(self) -> None:
+        """Let go of the mapped files."""
+        self._searcher = None
+
+    def _search(self, searcher: tantivy.Searcher, query: str, k: int, allowed: np.ndarray | None) -> Found:
+        k = min(k, self.n_rows if allowed is None else len(allowed))
+        parsed = self._parse(query)
+        if parsed is None or k < 1:
+            return Found.none()
+        if allowed is not None and len(allowed) <= TERM_SET:
+            parsed = self._among(parsed, allowed)
+            allowed = None
+        limit = k + SPARE
+        if allowed is not None:  # as many as hold k allowed ones, if these are spread evenly
+            limit = int(limit * max(1.0, 1.2 * self.n_rows / len(allowed)))
+        while True:
+            limit = min(limit, self.n_rows)
+            rows, scores = _hits(searcher, parsed, limit)
+            exhausted = len(rows) < limit or limit == self.n_rows
+            lowest = scores[-1] if len(scores) else 0.0
+            if allowed is not None:
+                kept = _isin(rows, allowed)
+                rows, scores = rows[kept], scores[kept]
+            # Complete when nothing is left, or when what is left scores less than the last one taken.
+            if exhausted or (len(rows) >= k and lowest < scores[k - 1] * (1 - SAME_SCORE)):
+                return _best(rows, scores, k)
+            limit *= 4
+
+    def _parse(self, query: str) -> tantivy.Query | None:
+        """Any of the query's terms, a repeated one counting as often; None without terms."""
+        make = import_tantivy().Query
+        parts = []
+        for term, count in Counter(self.analyser.query_terms(query)).items():
+            part = make.term_query(self._schema, "text", term, index_option="freq")
+            parts.append(part if count == 1 else make.boost_query(part, float(count)))
+        if len(parts) > 1:
+            should = import_tantivy().Occur.Should
+            return make.boolean_query([(should, part) for part in parts])
+        return parts[0] if parts else None
+
+    def _among(self, query: tantivy.Query, allowed: np.ndarray) -> tantivy.Query:
+        """The query within the allowed rows, its scores unchanged."""
+        engine = import_tantivy()
+        rows = engine.Query.term_set_query(self._schema, "row", allowed.tolist())
+        must = engine.Occur.Must
+        return engine.Query.boolean_query([(must, query), (must, engine.Query.const_score_query(rows, 0.0))])
+
+
+def _hits(searcher: tantivy.Searcher, query: tantivy.Query, limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and scores of the best `limit`, best first."""
+    hits = searcher.search(query, limit, count=False).hits
+    if not hits:
+        return Found.none()
+    scores, places = zip(*hits)
+    rows = searcher.fast_field_values("row", list(places))
+    return np.array(rows, dtype=np.int64), np.array(scores, dtype=np.float32)
+
+
+def _best(rows: np.ndarray, scores: np.ndarray, k: int) -> Found:
+    """The first k of hits that come best first; scores that differ by rounding become equal, and then rows decide."""
+    if not len(rows):
+        return Found.none()
+    starts = np.ones(len(scores), bool)
+    starts[1:] = scores[1:] < scores[:-1] * (1 - SAME_SCORE)
+    group = np.cumsum(starts) - 1
+    order = np.lexsort((rows, group))[:k]
+    return Found(rows[order], scores[starts][group[order]])
+
+
+def _isin(rows: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+    """Which rows are among the allowed ones, sorted and at least one."""
+    places = np.searchsorted(allowed, rows)
+    return allowed[np.minimum(places, len(allowed) - 1)] == rows
+
+
+# -- tantivy -----------------------------------------------------------------------------------------------------------
+
+
+def _tantivy_index(directory: Path, create: bool) -> tantivy.Index:
+    """The index for writing."""
+    engine = import_tantivy()
+    if create:
+        builder = engine.SchemaBuilder()
+        builder.add_unsigned_field("row", indexed=True, fast=True)
+        builder.add_text_field("text", tokenizer_name="whitespace", index_option="freq")
+        index = engine.Index(builder.build(), str(directory))
+    else:
+        index = engine.Index.open(str(directory))
+    return index
+
+
+def _fill(
+    writer: tantivy.IndexWriter, analyser: Analyser, batches: Iterable[Batch], drop: np.ndarray | None
+) -> None:
+    """Drop and add, then commit: tantivy fsyncs each file and the directory before it replaces meta.json."""
+    document = import_tantivy().Document
+    for row in () if drop is None else drop.tolist():
+        writer.delete_documents_by_term("row", row)
+    for batch in batches:
+        for row, text in zip(batch.rows.tolist(), batch.texts, strict=True):
+            record = document()
+            record.add_unsigned("row", row)
+            record.add_text("text", " ".join(analyser.terms(text)))
+            writer.add_document(record)
+    writer.commit()
+
+
+def _collect_garbage(index: tantivy.Index) -> None:
+    """Remove the files of merged segments: the index that merged them held them open."""
+    index.reload()
+    writer = index.writer(15_000_000, 1)
+    writer.garbage_collect_files()
+    writer.wait_merging_threads()
+
+
+def _open_read_only(directory: Path) -> tantivy.Index:
+    """Tantivy locks a file in the directory when it opens it; where nothing may be written, it opens links to it."""
+    engine = import_tantivy()
+    try:
+        return engine.Index.open(str(directory))
+    except Exception:
+        if os.access(directory, os.W_OK) or not directory.is_dir():
+            raise
+        with tempfile.TemporaryDirectory(prefix="nanochat-bm25-") as links:
+            for file in directory.iterdir():
+                if _SEGMENT_FILE.fullmatch(file.name) or file.name in ("meta.json", ".managed.json"):
+                    os.symlink(file.resolve(), Path(links, file.name))
+            return engine.Index.open(links)
+
+
+@contextlib.contextmanager
+def _failures(what: str) -> Iterator[None]:
+    """Tantivy's errors, and the panics of its Rust code, which are no Exceptions, as one NanochatError."""
+    try:
+        yield
+    except (NanochatError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        if not isinstance(error, OSError | ValueError | RuntimeError) and type(error).__name__ != "PanicException":
+            raise
+        raise NanochatError(f"{what}: {error}") from error
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def _share(base: Path, directory: Path) -> None:
+    """Hard links to the segments, which never change; copies where links do not work, and of the two lists of files,
+    which tantivy replaces."""
+    for file in base.iterdir():
+        if _SEGMENT_FILE.fullmatch(file.name):
+            try:
+                os.link(file, directory / file.name)
+            except OSError:
+                _copy(file, directory / file.name)
+        elif file.name in ("meta.json", ".managed.json"):
+            _copy(file, directory / file.name)
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
+    _fsync(target)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False, sort_keys=True))
+    _fsync(path)
+
+
+def _stored_analyser(directory: Path, settings: Settings) -> Analyser:
+    """The analyser that the index was built with. Raises UsageError when the settings name another one."""
+    path = directory / _ANALYSER
+    try:
+        stored = Analyser.of(json.loads(path.read_text()))
+    except (OSError, ValueError, UsageError) as error:
+        raise NanochatError(f"no BM25 index at {directory}: {path.name} cannot be read ({error})") from error
+    if settings.get("analyser") is not None and Analyser.of(settings["analyser"]) != stored:
+        raise UsageError(
+            f"{directory} was built with the analyser {stored.settings()}, which is not {settings['analyser']}: "
+            "leave the analyser out, or build a new knowledge base"
+        )
+    return stored
