@@ -127,8 +127,10 @@ class Reranker(Protocol):
 class Retriever(Protocol):
     """Finds documents for a text. One query gives one list of hits, several give a list for each."""
 
-    @overload
-    def search(self, queries: str, k: int = 5, filter: Filter | None = None) -> list[Hit]: ...
+    @overload  # a text is a sequence of texts too, and comes first
+    def search(  # type: ignore[overload-overlap]
+        self, queries: str, k: int = 5, filter: Filter | None = None
+    ) -> list[Hit]: ...
     @overload
     def search(self, queries: Sequence[str], k: int = 5, filter: Filter | None = None) -> list[list[Hit]]: ...
 
@@ -143,15 +145,11 @@ class Retriever(Protocol):
 
 
 def content_hash(*texts: str) -> bytes:
-    """16 bytes that two lists of texts share only when they are equal: blake2b over lengths and UTF-8.
+    """16 bytes that two lists of texts share only when they are equal: blake2b over their lengths and UTF-8.
 
     Raises UnicodeEncodeError on lone surrogates; `clean_text` comes first."""
-    digest = blake2b(digest_size=16)
-    for text in texts:
-        data = text.encode()
-        digest.update(b"%d:" % len(data))
-        digest.update(data)
-    return digest.digest()
+    lengths = ",".join([str(len(text)) for text in texts])
+    return blake2b(f"{lengths}:{''.join(texts)}".encode(), digest_size=16).digest()
 
 
 def document_hash(document: Document) -> bytes:

@@ -1,0 +1,145 @@
+"""Documents from JSONL files: one object a line, plain or gzipped.
+
+    {"id": "moon", "title": "The Moon", "content": "It has no air.", "source": "book.txt", "metadata": {"year": 1969}}
+
+`_id`, `doc_id` or `docid` serve as id; `text`, `contents` or `body` as content; `url` as source. What else a line holds
+joins the metadata. Without an id the content's hash becomes it, so that the same line always makes the same document.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any, cast
+
+from nanochat.errors import NanochatError, UsageError
+from nanochat.retrieval.document import Document, clean_text, document_hash
+
+NAMES = {
+    "id": ("id", "_id", "doc_id", "docid"),
+    "content": ("content", "text", "contents", "body"),
+    "title": ("title",),
+    "source": ("source", "url"),
+}
+ON_ERROR = ("raise", "skip")
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse)
+_PLAIN = frozenset(("id", "title", "content", "source", "metadata"))
+
+
+def read_documents(
+    files: str | Path | Iterable[str | Path],
+    on_error: str = "raise",
+    skipped: Callable[[str], None] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[Document]:
+    """The documents of one or several files, streamed.
+
+    A line that is no document raises UsageError with file and line; with on_error="skip" it is left out and `skipped`
+    is called with that message. `progress` is called with the number of bytes read, now and then."""
+    if on_error not in ON_ERROR:
+        raise UsageError(f"on_error={on_error!r}: choose from {', '.join(ON_ERROR)}")
+    for path in file_list(files):
+        for number, line in enumerate(_lines(path, progress), 1):
+            if not line.strip():
+                continue
+            try:
+                yield parse(line)
+            except (ValueError, RecursionError) as error:
+                message = f"{path}, line {number}: {error}"
+                if on_error == "raise":
+                    raise UsageError(f'{message}; correct it, or skip such lines with on_error="skip"') from None
+                if skipped:
+                    skipped(message)
+
+
+def file_list(files: str | Path | Iterable[str | Path]) -> list[Path]:
+    """The files named; a directory stands for the .jsonl and .jsonl.gz files in it. Raises UsageError for none."""
+    found: list[Path] = []
+    for name in [files] if isinstance(files, str | Path) else files:
+        path = Path(name)
+        inside = sorted(p for p in path.iterdir() if p.name.endswith((".jsonl", ".jsonl.gz"))) if path.is_dir() else []
+        if path.is_dir() and not inside:
+            raise UsageError(f"no .jsonl files in {path}")
+        if not path.exists():
+            raise UsageError(f"no such file: {path}")
+        found += inside or [path]
+    if not found:
+        raise UsageError("no files of documents given")
+    return found
+
+
+def parse(line: str | bytes) -> Document:
+    """The document of a line. Raises ValueError, which says what is wrong with it."""
+    try:
+        record = _DECODER.decode(line.decode("utf-8-sig") if isinstance(line, bytes) else line)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 ({error.reason} at byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"a document must be a JSON object, not {type(record).__name__}")
+    return from_record(record)
+
+
+def from_record(record: dict[str, Any]) -> Document:
+    """A document from such an object. Raises ValueError."""
+    values: dict[str, str] = {}
+    used = set()
+    for field, names in NAMES.items():
+        for name in names:
+            if name in record:
+                values[field] = _text(name, record[name], number=field == "id")
+                used.add(name)
+                break
+    if "content" not in values:
+        raise ValueError(f"no {' or '.join(NAMES['content'])} in it; it has {', '.join(map(str, record)) or 'nothing'}")
+    metadata = record.get("metadata")
+    if metadata is None:
+        metadata = {}
+    if not isinstance(metadata, dict):
+        raise ValueError(f"metadata must be an object, not {metadata!r}")
+    if not used >= record.keys() - _PLAIN:
+        metadata = {**{k: v for k, v in record.items() if k not in used and k != "metadata"}, **metadata}
+    name = values.get("id") or _name_by_content(values, metadata)
+    return Document(name, values["content"], values.get("title", ""), values.get("source", ""), metadata)
+
+
+def _text(name: str, value: Any, number: bool) -> str:
+    if value is None:
+        return ""
+    if number and isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be a text, not {value!r:.60}")
+    return value
+
+
+def _name_by_content(values: dict[str, str], metadata: dict[str, Any]) -> str:
+    clean = {key: clean_text(value) for key, value in values.items()}
+    return document_hash(Document("", clean["content"], clean.get("title", ""), "", metadata)).hex()
+
+
+def _lines(path: Path, progress: Callable[[int], None] | None) -> Iterator[bytes]:
+    """Raises NanochatError when the file cannot be read to its end."""
+    try:
+        with open(path, "rb") as raw:
+            stream = cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if path.suffix == ".gz" else raw
+            before = 0
+            for number, line in enumerate(stream):
+                yield line
+                if progress and not number % 1000:
+                    progress(raw.tell() - before)
+                    before = raw.tell()
+            if progress:
+                progress(raw.tell() - before)
+    except (OSError, EOFError, zlib.error) as error:
+        raise NanochatError(f"cannot read {path}: {error}") from error

@@ -1,0 +1,353 @@
+"""Segments: directories of documents that never change once written.
+
+    documents.sqlite   documents(row, n, id, hash, title, source, metadata, content): `row` is the document's first
+                       passage, `n` how many it has; passages(row, start, end, text) of those that were cut, whose
+                       content is NULL: `text` runs from the passage's start (the first one's from 0) to the next one's,
+                       so that nothing is stored twice; keys and fields(key, value, row): what metadata filters look up
+    rows.npy           (2, m) int64: row and n of each document, rows ascending
+    ids.npy            (2, m) uint64: hash of the id, row; hashes ascending. Says where an id is
+    hashes.npy         (2, m) uint64: hash of the content, row; hashes ascending. Says where a content is
+
+SQLite is written without a journal, since an unfinished segment is thrown away, and read as immutable: without locks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sqlite3
+import threading
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+import numpy as np
+
+from nanochat.errors import NanochatError
+from nanochat.retrieval.document import Document
+from nanochat.retrieval.filters import Condition, field_values, matches, sql
+from nanochat.retrieval.manifest import fsync_directory
+
+DATABASE = "documents.sqlite"
+_AT_ONCE = 500  # parameters of a query
+_SCHEMA = """
+CREATE TABLE documents (
+    row INTEGER PRIMARY KEY, n INTEGER, id TEXT, hash BLOB, title TEXT, source TEXT, metadata TEXT, content TEXT);
+CREATE TABLE passages (row INTEGER PRIMARY KEY, start INTEGER, end INTEGER, text TEXT);
+CREATE TABLE keys (key INTEGER PRIMARY KEY, name TEXT UNIQUE);
+CREATE TABLE fields (key INTEGER, value, row INTEGER, PRIMARY KEY (key, value, row)) WITHOUT ROWID;
+CREATE TEMP TABLE loose (key INTEGER, value, row INTEGER);
+"""
+
+
+class Known(NamedTuple):
+    """What the writer needs to know of a stored document."""
+
+    row: int
+    n: int
+    hash: bytes
+    source: str
+
+
+def hash_id(id: str) -> int:
+    """64 bits that stand for an id in `ids.npy`; equal ones are told apart by the id itself."""
+    return int.from_bytes(blake2b(id.encode(), digest_size=8).digest(), "little")
+
+
+def hash_content(hash: bytes) -> int:
+    """64 bits that stand for a content hash in `hashes.npy`."""
+    return int.from_bytes(hash[:8], "little")
+
+
+class SegmentWriter:
+    """Fills a new directory with documents in ascending order of their rows. Raises OSError and sqlite3.Error."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True)
+        self.directory = directory
+        self.rows, self.counts = array("q"), array("q")
+        self.ids, self.hashes = array("Q"), array("Q")
+        self._keys: dict[str, int] = {}
+        self._connection = sqlite3.connect(directory / DATABASE, isolation_level=None)
+        pragmas = "page_size=8192; journal_mode=OFF; synchronous=OFF; locking_mode=EXCLUSIVE; cache_size=-16000"
+        for pragma in pragmas.split("; "):
+            self._connection.execute(f"PRAGMA {pragma}").fetchall()
+        self._connection.executescript(_SCHEMA)
+        self._connection.execute("BEGIN")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def n_passages(self) -> int:
+        return sum(self.counts)
+
+    def add(
+        self,
+        documents: Sequence[tuple[int, int, str, bytes, str, str, str, str | None]],
+        id_hashes: Iterable[int],
+        passages: Sequence[tuple[int, int, int, str]],
+        fields: Iterable[tuple[int, Mapping[str, Any]]],
+    ) -> None:
+        """Documents and passages as rows of their tables (content None where passages hold it); `fields` gives the row
+        and metadata of those that have any."""
+        execute = self._connection.executemany
+        execute("INSERT INTO documents VALUES (?, ?, ?, ?, ?, ?, ?, ?)", documents)
+        if passages:
+            execute("INSERT INTO passages VALUES (?, ?, ?, ?)", passages)
+        loose = [
+            (self._key(name), value, row)
+            for row, metadata in fields
+            for name, raw in metadata.items()
+            for value in field_values(raw)
+        ]
+        if loose:
+            execute("INSERT INTO loose VALUES (?, ?, ?)", loose)
+        self.rows.extend([document[0] for document in documents])
+        self.counts.extend([document[1] for document in documents])
+        self.hashes.extend([hash_content(document[3]) for document in documents])
+        self.ids.extend(id_hashes)
+
+    def _key(self, name: str) -> int:
+        if name not in self._keys:
+            self._keys[name] = len(self._keys)
+            self._connection.execute("INSERT INTO keys VALUES (?, ?)", (self._keys[name], name))
+        return self._keys[name]
+
+    def take(self, segment: Segment, dead: np.ndarray) -> None:
+        """Copy the documents of a segment, whose rows are greater than all so far, but those in `dead` (sorted)."""
+        connection = self._connection
+        table = np.asarray(segment.rows)
+        alive = ~np.isin(table[0], dead)
+        connection.execute("COMMIT")
+        connection.execute("ATTACH ? AS old", (_uri(segment.directory),))
+        connection.execute("CREATE TEMP TABLE gone (row INTEGER PRIMARY KEY)")
+        connection.execute("BEGIN")
+        gone = [(r,) for row, n in table[:, ~alive].T.tolist() for r in range(row, row + n)]
+        connection.executemany("INSERT INTO gone VALUES (?)", gone)
+        names = {name: self._key(name) for (name,) in connection.execute("SELECT name FROM old.keys").fetchall()}
+        where = "WHERE row NOT IN (SELECT row FROM gone)" if gone else ""
+        connection.execute(f"INSERT INTO documents SELECT * FROM old.documents {where} ORDER BY row")
+        connection.execute(f"INSERT INTO passages SELECT * FROM old.passages {where} ORDER BY row")
+        if names:
+            connection.execute(
+                "INSERT INTO loose SELECT new.key, f.value, f.row FROM old.fields AS f JOIN old.keys AS k "
+                f"ON k.key = f.key JOIN main.keys AS new ON new.name = k.name {where}"
+            )
+        connection.execute("COMMIT")
+        connection.execute("DROP TABLE gone")
+        connection.execute("DETACH old")
+        connection.execute("BEGIN")
+        for target, values in ((self.rows, table[0]), (self.counts, table[1])):
+            target.extend(values[alive].tolist())
+        for target, (hashes, rows) in ((self.ids, segment.ids), (self.hashes, segment.hashes)):
+            target.extend(hashes[np.argsort(rows)][alive].tolist())
+
+    def finish(self) -> None:
+        """Sort what is looked up, write all to the disk and close."""
+        execute = self._connection.execute
+        execute("INSERT OR IGNORE INTO fields SELECT key, value, row FROM loose ORDER BY key, value, row")
+        for name in ("title", "source"):
+            execute(f"CREATE INDEX {name}s ON documents({name}) WHERE {name} != ''")
+        execute("COMMIT")
+        self.close()
+        rows = np.array(self.rows, np.int64)
+        _save(self.directory / "rows.npy", np.stack([rows, np.array(self.counts, np.int64)]))
+        for name, values in (("ids", self.ids), ("hashes", self.hashes)):
+            hashes = np.array(values, np.uint64)
+            order = np.argsort(hashes, kind="stable")
+            _save(self.directory / f"{name}.npy", np.stack([hashes[order], rows[order].astype(np.uint64)]))
+        with open(self.directory / DATABASE, "rb+") as file:
+            os.fsync(file.fileno())
+        fsync_directory(self.directory)
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+def _save(path: Path, values: np.ndarray) -> None:
+    with open(path, "wb") as file:
+        np.save(file, values, allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _uri(directory: Path) -> str:
+    return f"file:{quote(str((directory / DATABASE).resolve()))}?mode=ro&immutable=1"
+
+
+class Segment:
+    """A segment opened for reading, by several threads if need be. Raises NanochatError where a file is damaged, and
+    FileNotFoundError where it is missing."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        try:
+            self.rows, self.ids, self.hashes = (_load(directory / f"{name}.npy") for name in ("rows", "ids", "hashes"))
+        except (ValueError, EOFError) as error:
+            raise NanochatError(f"{directory} is damaged ({error}); `verify` tells which file") from error
+        if not (directory / DATABASE).exists():
+            raise FileNotFoundError(directory / DATABASE)
+        self._lock = threading.Lock()
+        with self._reading():
+            self._connection = sqlite3.connect(_uri(directory), uri=True, isolation_level=None, check_same_thread=False)
+            self._connection.execute("PRAGMA mmap_size=1073741824")
+            self._connection.execute("SELECT 1 FROM documents LIMIT 1").fetchone()  # opens the file: it may be removed
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            with self._lock:
+                yield
+        except sqlite3.Error as error:
+            raise NanochatError(f"cannot read {self.directory} ({error}); `verify` tells what is damaged") from error
+
+    def close(self) -> None:
+        self._connection.close()
+
+    # -- where things are ----------------------------------------------------------------------------------------------
+
+    def places(self, rows: np.ndarray) -> np.ndarray:
+        """The numbers of the documents, (n,) int64, that passages belong to; -1 for rows that are not here."""
+        firsts, counts = self.rows
+        at = np.searchsorted(firsts, rows, side="right") - 1
+        return np.where((at >= 0) & (rows < firsts[at] + counts[at]), at, -1)
+
+    def expand(self, rows: np.ndarray) -> np.ndarray:
+        """All passages, sorted, of the documents with these (sorted) first rows."""
+        if not len(rows):
+            return rows
+        counts = self.rows[1][np.searchsorted(self.rows[0], rows)]
+        if counts.max() == 1:
+            return rows
+        starts = np.cumsum(counts) - counts
+        return np.repeat(rows - starts, counts) + np.arange(counts.sum())
+
+    def with_ids(self, hashes: np.ndarray) -> list[tuple[int, int]]:
+        """(place in `hashes`, first row) of the documents whose id has such a hash, (n,) uint64."""
+        return _look_up(self.ids, hashes)
+
+    def with_hashes(self, hashes: np.ndarray) -> list[tuple[int, int]]:
+        """(place in `hashes`, first row) of the documents whose content has such a hash, (n,) uint64."""
+        return _look_up(self.hashes, hashes)
+
+    # -- what they hold ------------------------------------------------------------------------------------------------
+
+    def known(self, rows: Sequence[int]) -> dict[int, tuple[str, Known]]:
+        """First row -> id and what the writer needs, for documents of this segment."""
+        found: dict[int, tuple[str, Known]] = {}
+        for values in self._select("SELECT row, n, id, hash, source FROM documents WHERE row IN", rows):
+            row, n, id, hash, source = values
+            found[row] = id, Known(row, n, hash, source)
+        return found
+
+    def fetch(self, rows: np.ndarray) -> dict[int, Document]:
+        """Row -> the passage as a document, for rows of this segment; others are left out."""
+        places = self.places(rows)
+        rows, places = rows[places >= 0], places[places >= 0]
+        firsts = dict(zip(rows.tolist(), self.rows[0][places].tolist()))
+        columns = "SELECT row, id, title, source, metadata, content FROM documents WHERE row IN"
+        found = {values[0]: values[1:] for values in self._select(columns, list(set(firsts.values())))}
+        documents: dict[int, Document] = {}
+        cut: list[int] = []
+        for row, first in firsts.items():
+            id, title, source, metadata, content = found[first]
+            if content is None:
+                cut.append(row)
+            else:
+                documents[row] = Document(id, content, title, source, _metadata(metadata))
+        for row, (start, end, text) in self._cut_out(cut, firsts).items():
+            id, title, source, metadata, _ = found[firsts[row]]
+            documents[row] = Document(id, text, title, source, _metadata(metadata), (start, end))
+        return documents
+
+    def _cut_out(self, cut: list[int], firsts: Mapping[int, int]) -> dict[int, tuple[int, int, str]]:
+        """Row -> start, end and text of a passage, which may reach into the texts stored with the following ones."""
+        if not cut:
+            return {}
+        query = "SELECT row, start, end, text FROM passages WHERE row IN"
+        pieces = {v[0]: v[1:] for v in self._select(query, list({*cut, *(row + 1 for row in cut)}))}
+        found = {}
+        for row in cut:
+            start, end, text = pieces[row]
+            skip = start if row == firsts[row] else 0
+            following = row
+            while len(text) < skip + end - start:
+                following += 1
+                if following not in pieces:
+                    pieces.update((v[0], v[1:]) for v in self._select(query, [following]))
+                text += pieces[following][2]
+            found[row] = start, end, text[skip : skip + end - start]
+        return found
+
+    def whole(self, row: int) -> Document:
+        """The whole document with this first row."""
+        columns = "SELECT n, id, title, source, metadata, content FROM documents WHERE row IN"
+        [(n, id, title, source, metadata, content)] = self._select(columns, [row])
+        if content is None:
+            with self._reading():
+                texts = self._connection.execute(
+                    "SELECT text FROM passages WHERE row >= ? AND row < ? ORDER BY row", (row, row + n)
+                ).fetchall()
+            content = "".join([text for (text,) in texts])
+        return Document(id, content, title, source, _metadata(metadata))
+
+    def matching(self, conditions: Mapping[str, Condition]) -> np.ndarray:
+        """The first rows, sorted, of the documents that pass the filter."""
+        rows: np.ndarray | None = None
+        for key, condition in conditions.items():
+            if key == "id" and condition.keys() <= {"eq", "in"}:
+                one = self._matching_ids(condition)
+            else:
+                parts = []
+                for query, values in sql(key, condition):
+                    with self._reading():
+                        parts += self._connection.execute(query, values).fetchall()
+                one = np.unique(np.fromiter((row for (row,) in parts), np.int64, len(parts)))
+            rows = one if rows is None else np.intersect1d(rows, one, assume_unique=True)
+            if not len(rows):
+                break
+        return np.asarray(self.rows[0]) if rows is None else rows
+
+    def _matching_ids(self, condition: Condition) -> np.ndarray:
+        ids = {id for id in (*condition.get("in", ()), condition.get("eq")) if isinstance(id, str) and id}
+        hashes = np.array([hash_id(id) for id in ids], np.uint64)
+        found = self.known([row for _, row in self.with_ids(hashes)])
+        rows = [row for row, (id, _) in found.items() if matches(Document(id, ""), {"id": condition})]
+        return np.array(sorted(rows), np.int64)
+
+    def _select(self, query: str, rows: Sequence[int]) -> list[tuple[Any, ...]]:
+        found: list[tuple[Any, ...]] = []
+        with self._reading():
+            for start in range(0, len(rows), _AT_ONCE):
+                part = rows[start : start + _AT_ONCE]
+                found += self._connection.execute(f"{query} ({', '.join('?' * len(part))})", part).fetchall()
+        return found
+
+
+def _look_up(table: np.ndarray, hashes: np.ndarray) -> list[tuple[int, int]]:
+    keys, rows = table
+    left = np.searchsorted(keys, hashes, side="left")
+    found = []
+    for i in np.flatnonzero(keys[np.minimum(left, len(keys) - 1)] == hashes).tolist():
+        at = int(left[i])
+        while at < len(keys) and keys[at] == hashes[i]:
+            found.append((i, int(rows[at])))
+            at += 1
+    return found
+
+
+def _load(path: Path) -> np.ndarray:
+    """Two lines of equal length, mapped. Raises ValueError for anything else."""
+    values = np.load(path, mmap_mode="r", allow_pickle=False)
+    if values.ndim != 2 or values.shape[0] != 2 or not values.shape[1] or values.dtype.kind not in "iu":
+        raise ValueError(f"{path.name} has the shape {values.shape}")
+    return values.view(np.ndarray)
+
+
+def _metadata(text: str) -> dict[str, Any]:
+    return json.loads(text) if text else {}
