@@ -356,5 +356,5 @@ def hotpotqa(path: str | Path) -> Collection:
                 documents.setdefault(title, Document(title, "".join(sentences).strip(), title, source="hotpotqa"))
             qrels[query] = dict.fromkeys((title for title, _ in record["supporting_facts"]), 1)
         except (KeyError, TypeError, ValueError) as error:
-            lines.fail(number, f"'context' and 'supporting_facts' must be lists of pairs that start with a title: {error}")
+            lines.fail(number, f"'context' and 'supporting_facts' must be lists of pairs, title first: {error}")
     return Collection(list(documents.values()), queries, qrels)

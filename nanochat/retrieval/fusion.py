@@ -55,7 +55,8 @@ def unit_scores(scores: np.ndarray, kind: str = "minmax") -> np.ndarray:
     """Scores of one query, (n,) float64 from 0 to 1, in an order that never contradicts theirs:
 
     minmax  0 for the lowest, 1 for the highest; all 1 when they are equal, so that a lone hit counts in full
-    max     divided by the highest; scores below 0 become 0. Keeps how far the rest lies behind
+    max     divided by the highest, scores below 0 become 0; keeps how far the rest lies behind. As minmax when no
+            score is above 0
     rank    1 for the first place, 1/n for the last, equal scores the same; for scores without any scale
 
     Raises UsageError for another kind, NanochatError for a score that is no finite number."""
@@ -72,8 +73,8 @@ def unit_scores(scores: np.ndarray, kind: str = "minmax") -> np.ndarray:
     if kind == "rank":
         better = np.searchsorted(np.sort(-x), -x, side="left")
         return 1.0 - better / len(x)
-    if kind == "max":
-        return np.clip(x, 0.0, None) / high if high > 0 else (x == high).astype(np.float64)
+    if kind == "max" and high > 0:
+        return np.clip(x, 0.0, None) / high
     scale = max(abs(high), abs(low))  # divided first: a range over the whole of float64 would overflow
     return (x / scale - low / scale) / (high / scale - low / scale)
 

@@ -1,0 +1,112 @@
+"""HybridRetriever: several retrievers searched with one query, their rankings fused, the best reranked if wished."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias, overload
+
+import numpy as np
+
+from nanochat.errors import UsageError
+from nanochat.retrieval.document import Document, Filter, Found, Hit, Reranker, Retriever
+from nanochat.retrieval.fusion import rrf, weighted
+from nanochat.retrieval.rerank import make_reranker, rerank
+
+Key: TypeAlias = tuple[str, tuple[int, int] | None]  # what makes a passage one: the id and where in the document
+
+FUSIONS = ("weighted", "rrf")
+
+
+class HybridRetriever:
+    """Fuses any retrievers. `depth` candidates are taken from each (or k, if that is more).
+
+    `fusion` is "weighted" (normalised scores) or "rrf" (ranks only); `weights` gives each retriever's say. `reranker`
+    judges the best of the fused anew: an object, a name that `make_reranker` knows, or None. `add` and `delete` go to
+    every retriever. Raises UsageError for an unknown fusion, no retriever, or weights that do not fit."""
+
+    def __init__(
+        self,
+        retrievers: Sequence[Retriever],
+        *,
+        fusion: str = "weighted",
+        weights: Sequence[float] | None = None,
+        depth: int = 100,
+        reranker: Reranker | str | None = "feedback",
+    ) -> None:
+        if not retrievers:
+            raise UsageError("a hybrid retriever needs at least one retriever")
+        if depth < 1:
+            raise UsageError(f"depth must be 1 or more, not {depth}")
+        self.retrievers = list(retrievers)
+        self.fusion, self.weights, self.depth, self.reranker = fusion, weights, depth, make_reranker(reranker)
+        fuse([Found.none()] * len(self.retrievers), 1, fusion, weights)  # says now what is wrong with them
+
+    @overload  # a text is a sequence of texts too, and comes first
+    def search(  # type: ignore[overload-overlap]
+        self, queries: str, k: int = 5, filter: Filter | None = None
+    ) -> list[Hit]: ...
+    @overload
+    def search(self, queries: Sequence[str], k: int = 5, filter: Filter | None = None) -> list[list[Hit]]: ...
+    def search(
+        self, queries: str | Sequence[str], k: int = 5, filter: Filter | None = None
+    ) -> list[Hit] | list[list[Hit]]:
+        """The best `k` passages of all retrievers for each query."""
+        if isinstance(queries, str):
+            return self.search([queries], k, filter)[0]
+        if k < 1:
+            raise UsageError(f"k must be 1 or more, not {k}")
+        depth = max(k, self.depth)
+        answers = [retriever.search(queries, depth, filter) for retriever in self.retrievers]
+        keep = depth if self.reranker else k
+        found = [fuse_hits(lists, keep, self.fusion, self.weights) for lists in zip(*answers)]
+        if self.reranker is None:
+            return found
+        return [rerank(self.reranker, query, hits, k) for query, hits in zip(queries, found)]
+
+    def add(self, documents: Iterable[Document]) -> list[Any]:
+        """Add the documents to every retriever; what each of them answered."""
+        kept = list(documents)
+        return [retriever.add(kept) for retriever in self.retrievers]
+
+    def delete(self, ids: str | Iterable[str]) -> list[Any]:
+        """Delete the documents from every retriever; what each of them answered."""
+        kept = ids if isinstance(ids, str) else list(ids)
+        return [retriever.delete(kept) for retriever in self.retrievers]
+
+
+def fuse(founds: Sequence[Found], k: int, fusion: str = "weighted", weights: Sequence[float] | None = None) -> Found:
+    """The best k rows of several rankings, fused by name. Raises UsageError for an unknown fusion or bad weights."""
+    if fusion == "weighted":
+        return weighted(founds, weights, k)
+    if fusion == "rrf":
+        return rrf(founds, k, weights=weights)
+    raise UsageError(f"unknown fusion {fusion!r}: choose from {', '.join(FUSIONS)}")
+
+
+def fuse_hits(
+    lists: Sequence[Sequence[Hit]], k: int, fusion: str = "weighted", weights: Sequence[float] | None = None
+) -> list[Hit]:
+    """`fuse` for hits, which are the same when document id and span are. Equal scores keep the order in which the
+    lists, rank by rank, name them."""
+    rows: dict[Key, int] = {}
+    documents: list[Document] = []
+    for rank in range(max(map(len, lists), default=0)):
+        for hits in lists:
+            if rank < len(hits) and (key := _key(hits[rank])) not in rows:
+                rows[key] = len(rows)
+                documents.append(hits[rank].document)
+    founds = [
+        Found(
+            np.array([rows[_key(hit)] for hit in hits], np.int64), np.array([hit.score for hit in hits], np.float32)
+        )
+        for hits in lists
+    ]
+    best = fuse(founds, k, fusion, weights)
+    return [
+        Hit(documents[row].id, score, rank, documents[row])
+        for rank, (row, score) in enumerate(zip(best.rows.tolist(), best.scores.tolist()), 1)
+    ]
+
+
+def _key(hit: Hit) -> Key:
+    return hit.id, hit.document.span
