@@ -8,21 +8,20 @@ lengths rounded to one byte; their statistics count dropped rows until their seg
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
-import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from nanochat.errors import NanochatError, UsageError
 from nanochat.retrieval.analysis import Analyser, import_tantivy
 from nanochat.retrieval.document import Batch, Found, Settings
+from nanochat.retrieval.index_files import ANALYSER, copy, fsync, link, make_directory, read_analyser, write_json
 
 if TYPE_CHECKING:
     import tantivy
@@ -34,7 +33,7 @@ SAME_SCORE = 2e-6  # relative: equal sums added in another order differ by float
 TERM_SET = 20_000  # up to so many allowed rows become part of the query; beyond, hits are fetched and then filtered
 _SEGMENT_FILE = re.compile(r"[0-9a-f]{32}\..+")
 _WRITER_LOCK = ".tantivy-writer.lock"
-_ANALYSER = "analyser.json"
+_LISTS = ("meta.json", ".managed.json")
 
 
 class BM25Index:
@@ -62,9 +61,9 @@ class BM25Index:
         drop: np.ndarray | None = None,
     ) -> None:
         """See `Index.write`. Dropped rows leave the answers at once and the files when their segment is merged."""
-        analyser = Analyser.of(settings.get("analyser")) if base is None else _stored_analyser(base, settings)
+        analyser = Analyser.of(settings.get("analyser")) if base is None else read_analyser(base, settings)
         with _failures(f"cannot write the BM25 index {directory}"):
-            directory.mkdir(parents=True)
+            make_directory(directory)
             if base is not None:
                 _share(base, directory)
             index = _tantivy_index(directory, create=base is None)
@@ -74,9 +73,9 @@ class BM25Index:
             writer.wait_merging_threads()
             _collect_garbage(index)
             del writer, index
-            _write_json(directory / _ANALYSER, analyser.settings())
+            write_json(directory / ANALYSER, analyser.settings())
             (directory / _WRITER_LOCK).unlink(missing_ok=True)
-            _fsync(directory)
+            fsync(directory)
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -84,7 +83,7 @@ class BM25Index:
     def open(cls, directory: Path, settings: Settings) -> BM25Index:
         """See `Index.open`. Raises NanochatError for a missing or damaged directory, UsageError for another analyser
         than the one that the index was built with."""
-        analyser = _stored_analyser(directory, settings)
+        analyser = read_analyser(directory, settings)
         with _failures(f"cannot open the BM25 index {directory}; `verify` tells which file is damaged"):
             return cls(_open_read_only(directory), analyser, directory)
 
@@ -222,7 +221,7 @@ def _open_read_only(directory: Path) -> tantivy.Index:
             raise
         with tempfile.TemporaryDirectory(prefix="nanochat-bm25-") as links:
             for file in directory.iterdir():
-                if _SEGMENT_FILE.fullmatch(file.name) or file.name in ("meta.json", ".managed.json"):
+                if _SEGMENT_FILE.fullmatch(file.name) or file.name in _LISTS:
                     os.symlink(file.resolve(), Path(links, file.name))
             return engine.Index.open(links)
 
@@ -240,50 +239,10 @@ def _failures(what: str) -> Iterator[None]:
         raise NanochatError(f"{what}: {error}") from error
 
 
-# -- files -------------------------------------------------------------------------------------------------------------
-
-
 def _share(base: Path, directory: Path) -> None:
-    """Hard links to the segments, which never change; copies where links do not work, and of the two lists of files,
-    which tantivy replaces."""
+    """Links to the segments, which never change, and copies of the two lists of files, which tantivy replaces."""
     for file in base.iterdir():
         if _SEGMENT_FILE.fullmatch(file.name):
-            try:
-                os.link(file, directory / file.name)
-            except OSError:
-                _copy(file, directory / file.name)
-        elif file.name in ("meta.json", ".managed.json"):
-            _copy(file, directory / file.name)
-
-
-def _copy(source: Path, target: Path) -> None:
-    shutil.copyfile(source, target)
-    _fsync(target)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, sort_keys=True))
-    _fsync(path)
-
-
-def _stored_analyser(directory: Path, settings: Settings) -> Analyser:
-    """The analyser that the index was built with. Raises UsageError when the settings name another one."""
-    path = directory / _ANALYSER
-    try:
-        stored = Analyser.of(json.loads(path.read_text()))
-    except (OSError, ValueError, UsageError) as error:
-        raise NanochatError(f"no BM25 index at {directory}: {path.name} cannot be read ({error})") from error
-    if settings.get("analyser") is not None and Analyser.of(settings["analyser"]) != stored:
-        raise UsageError(
-            f"{directory} was built with the analyser {stored.settings()}, which is not {settings['analyser']}: "
-            "leave the analyser out, or build a new knowledge base"
-        )
-    return stored
+            link(file, directory / file.name)
+        elif file.name in _LISTS:
+            copy(file, directory / file.name)
