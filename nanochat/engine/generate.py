@@ -9,7 +9,7 @@ Letters: B rows, N tokens of several rows laid end to end, D model width, V voca
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from nanochat.engine import cache
+from nanochat.engine.prefix import Begun, PrefixCache, document_boundaries
 from nanochat.engine.sampling import Sampling, Stream, sample
-from nanochat.engine.text import TextStream
+from nanochat.engine.text import Decoder, TextStream
 from nanochat.errors import UsageError
 from nanochat.model.lm import LM
 from nanochat.model.mixer import State
@@ -40,6 +41,13 @@ class Completion(NamedTuple):
     finish_reason: str
 
 
+class Prompt(NamedTuple):
+    """Token ids, and the offsets at which a PrefixCache takes snapshots."""
+
+    ids: Sequence[int]
+    boundaries: Sequence[int] = ()
+
+
 @dataclass
 class Row:
     """One completion on its way."""
@@ -57,18 +65,28 @@ class Row:
         return Completion(self.ids, "".join(self.text), self.logprobs, self.finish_reason)
 
 
-def prefill(model: LM, prompts: Sequence[Sequence[int]], room: int = 0) -> tuple[list[State], Tensor]:
+def prefill(
+    model: LM, prompts: Sequence[Sequence[int]], room: int = 0, begun: Sequence[Begun] | None = None
+) -> tuple[list[State], Tensor]:
     """Read the prompts. Returns states with these prompts as rows, in order, with room for `room` more tokens, and the
-    hidden states (B, D) of each prompt's last token.
+    hidden states (B, D) of each prompt's last token. `begun`: the beginnings of the prompts that have been read already
+    (their states are used up); only what follows is read.
 
     Rows of similar length go through the model together, end to end, at most PREFILL_TOKENS in a pass; a longer prompt
     takes several passes.
     """
+    if begun is not None:
+        prompts = [prompt[start.n :] for prompt, start in zip(prompts, begun)]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     batches, hiddens = [], []
     for group in _groups([len(prompts[i]) for i in order]):
         members = [prompts[order[i]] for i in group]
-        states = model.init_states(len(members), max(map(len, members)) + room)
+        if begun is None:
+            states = model.init_states(len(members), max(map(len, members)) + room)
+        else:
+            states = cache.join([begun[order[i]].states for i in group])
+            if len(members) > 1:
+                cache.reserve(states, max(map(len, members)) + room)
         hiddens.append(_read(model, members, states))
         batches.append(states)
     several = len(batches) > 1
@@ -123,9 +141,14 @@ class Batch:
         self.hidden_BD = torch.empty(0)
 
     @torch.no_grad()
-    def admit(self, rows: Sequence[Row], prompts: Sequence[Sequence[int]], n: int) -> None:
-        """Prefill each prompt once and let `n` rows go on from it."""
-        states, hidden_BD = prefill(self.model, prompts, max(row.budget for row in rows) if n == 1 else 0)
+    def admit(self, rows: Sequence[Row], prompts: Sequence[Prompt], n: int, prefixes: PrefixCache | None) -> None:
+        """Prefill each prompt once, from the longest beginning that `prefixes` holds, and let `n` rows go on from
+        it."""
+        room = max(row.budget for row in rows) if n == 1 else 0
+        begun = None
+        if prefixes is not None:
+            begun = [prefixes.begin(prompt.ids, prompt.boundaries, room, PREFILL_TOKENS) for prompt in prompts]
+        states, hidden_BD = prefill(self.model, [prompt.ids for prompt in prompts], room, begun)
         if n > 1:
             states, hidden_BD = cache.fork(states, n), hidden_BD.repeat_interleave(n, dim=0)
             cache.reserve(states, max(row.budget for row in rows))
@@ -155,7 +178,7 @@ class Engine:
 
     `eos`: tokens that end a row, by default the end of the answer and the beginning of the next document. `max_rows`:
     how many rows decode together. `skip_special`: special tokens leave no trace in the text; without it they appear by
-    name, as in `Tokenizer.decode`.
+    name, as in `Tokenizer.decode`. `decoder`: makes what turns a row's tokens into text, instead of these two ways.
     """
 
     def __init__(
@@ -165,30 +188,45 @@ class Engine:
         eos: Sequence[int] | None = None,
         max_rows: int = MAX_ROWS,
         skip_special: bool = False,
+        decoder: Callable[[], Decoder] | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.skip_special = model, tokenizer, skip_special
+        self.model, self.tokenizer, self.skip_special, self.decoder = model, tokenizer, skip_special, decoder
         self.eos = frozenset((tokenizer.eot, tokenizer.bos) if eos is None else eos)
         self.max_rows = max_rows
 
     def generate_batch(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling | None = None, n: int = 1
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling | None = None,
+        n: int = 1,
+        prefix_cache: PrefixCache | None = None,
+        boundaries: Sequence[Sequence[int]] | None = None,
     ) -> list[Completion]:
         """`n` completions for each prompt (token ids): those of the first prompt, then those of the second…
 
-        Raises UsageError for an empty prompt or one longer than the model's context.
+        `prefix_cache`: go on from the beginnings of prompts that it holds, and store the states at each prompt's
+        `boundaries` (offsets; default: after each document). Prompts with nothing in common are read faster without.
+        Raises UsageError for an empty prompt or one longer than the model's context, or a cache of another model.
         """
         results: dict[int, Completion] = {}
-        for steps in self._run(prompts, sampling or Sampling(), n):
+        for steps in self._run(prompts, sampling or Sampling(), n, prefix_cache, boundaries):
             for row, _ in steps:
                 if row.finish_reason:
                     results[row.number] = row.completion()
         return [results[i] for i in range(len(prompts) * n)]
 
-    def stream(self, prompt: Sequence[int], sampling: Sampling | None = None) -> Generator[str, None, Completion]:
+    def stream(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling | None = None,
+        prefix_cache: PrefixCache | None = None,
+        boundaries: Sequence[int] | None = None,
+    ) -> Generator[str, None, Completion]:
         """The completion of one prompt, piece by piece. Pieces are whole characters and never belong to a stop string;
-        the generator returns the Completion. Raises UsageError as `generate_batch` does."""
+        the generator returns the Completion. Raises UsageError, and uses a cache, as `generate_batch` does."""
         rows: list[tuple[Row, str]] = []
-        for rows in self._run([prompt], sampling or Sampling(), 1):
+        offsets = None if boundaries is None else [boundaries]
+        for rows in self._run([prompt], sampling or Sampling(), 1, prefix_cache, offsets):
             if rows[0][1]:
                 yield rows[0][1]
         return rows[0][0].completion()
@@ -203,11 +241,24 @@ class Engine:
             if len(prompt) > context:
                 raise UsageError(f"{name} has {len(prompt)} tokens, the model's context only {context}; shorten it")
 
-    def _run(self, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int) -> Iterator[list[tuple[Row, str]]]:
+    def _run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        n: int,
+        prefixes: PrefixCache | None = None,
+        boundaries: Sequence[Sequence[int]] | None = None,
+    ) -> Iterator[list[tuple[Row, str]]]:
         """After every step: the rows that took part, each with the text it released."""
         if n < 1:
             raise UsageError(f"n={n}: expected at least one completion a prompt")
         self.check(prompts)
+        if prefixes is not None:
+            prefixes.bind(self.model)
+            if boundaries is None:
+                boundaries = [document_boundaries(prompt, self.tokenizer) for prompt in prompts]
+            elif len(boundaries) != len(prompts):
+                raise UsageError(f"{len(boundaries)} lists of boundaries for {len(prompts)} prompts; give one for each")
         waiting = deque(range(len(prompts)))
         batch = Batch(self.model)
         while waiting or batch.rows:
@@ -215,7 +266,7 @@ class Engine:
             if n_fresh:
                 fresh = [waiting.popleft() for _ in range(n_fresh)]
                 rows = [self._row(i * n + j, j, prompts[i], sampling) for i in fresh for j in range(n)]
-                batch.admit(rows, [prompts[i] for i in fresh], n)
+                batch.admit(rows, [Prompt(prompts[i], boundaries[i] if boundaries else ()) for i in fresh], n, prefixes)
             ids, logprobs = batch.sample(sampling)
             yield [(row, self._advance(row, i, logprob)) for row, i, logprob in zip(batch.rows, ids, logprobs)]
             batch.step(ids)
@@ -230,8 +281,8 @@ class Engine:
     def _row(self, number: int, nth: int, prompt: Sequence[int], sampling: Sampling) -> Row:
         # The last token sampled is not fed back, so it needs no place in the context.
         budget = min(sampling.max_tokens, self.model.config.sequence_len - len(prompt) + 1)
-        text = TextStream(StreamDecoder(self.tokenizer, self.skip_special), sampling.stop)
-        return Row(number, budget, Stream(sampling.seed, nth), text)
+        decoder = self.decoder() if self.decoder else StreamDecoder(self.tokenizer, self.skip_special)
+        return Row(number, budget, Stream(sampling.seed, nth), TextStream(decoder, sampling.stop))
 
     def _advance(self, row: Row, token: int, logprob: float) -> str:
         """Give the row its token; the text that this releases. Sets `finish_reason` when the row ends."""

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
-from nanochat.tokenizer import StreamDecoder
+
+class Decoder(Protocol):
+    """Turns tokens into text that will not change any more. `tokenizer.StreamDecoder` is one."""
+
+    def feed(self, ids: int) -> str: ...
+
+    def flush(self) -> str:
+        """What is left at the end."""
 
 
 class TextStream:
@@ -14,7 +22,7 @@ class TextStream:
     to be the beginning of a stop string. `stopped` becomes True when a stop string is complete: the text ends before.
     """
 
-    def __init__(self, decoder: StreamDecoder, stop: Sequence[str] = ()) -> None:
+    def __init__(self, decoder: Decoder, stop: Sequence[str] = ()) -> None:
         self.decoder, self.stop = decoder, tuple(stop)
         self.held = ""
         self.stopped = False
