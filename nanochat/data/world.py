@@ -346,9 +346,17 @@ class World:
                 if split == "new" or (code % 4 == 0) == (part == "heldout"):
                     break
                 bits = mix(bits, 1)
-            wordings = unstated[relation]
-            text = wordings[(bits >> 50) % len(wordings)].replace("{e}", self.name(i))
-            yield Question(text, ABSTENTION, ABSTENTION, (), (), 1, i, relation, False)
+            yield self._unstated(i, relation, bits >> 50)
+
+    def unstated(self, i: int, wording: int = 0) -> Question:
+        """A question about entity i that its document leaves open."""
+        relations = list(lex.UNSTATED[KINDS[i % 5]])
+        return self._unstated(i, relations[wording % len(relations)], wording // len(relations))
+
+    def _unstated(self, i: int, relation: str, wording: int) -> Question:
+        wordings = lex.UNSTATED[KINDS[i % 5]][relation]
+        text = wordings[wording % len(wordings)].replace("{e}", self.name(i))
+        return Question(text, ABSTENTION, ABSTENTION, (), (), 1, i, relation, False)
 
     def _nonexistent(self, bits: int, part: str) -> Question:
         """A question about a name that no entity of this world bears; the parts share no name."""

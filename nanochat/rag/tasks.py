@@ -1,38 +1,64 @@
-"""RAG tasks of the tiny world: questions whose answers stand in the documents of the prompt, or nowhere."""
+"""RAG tasks: questions whose answers stand in the documents of the prompt, or nowhere.
+
+    RagWorld    contexts of the tiny world, each from a world of its own: reading is the only way to know
+    Retrieved   questions against a knowledge base: what the retriever finds, sometimes without the gold document
+    Given       questions that bring their documents
+    Wrapped     any chat task, with what a knowledge base finds for its questions put before them
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
-from nanochat.data.answers import exact_match, is_abstention
+from nanochat.data.answers import contains_answer, exact_match, is_abstention
 from nanochat.data.shuffle import Draws, mix
 from nanochat.data.world import VAL_WORDING, Question, World
-from nanochat.rag.prompt import retrieval_message
-from nanochat.retrieval.document import Document
-from nanochat.tasks.task import check_index
+from nanochat.rag.prompt import Block, retrieval_message
+from nanochat.rag.questions import RagQuestion
+from nanochat.retrieval.document import Document, Hit, Retriever
+from nanochat.tasks.task import Task, check_index, message_text
 from nanochat.tasks.world import abstention
+from nanochat.tokenizer import Tokenizer
 
 
-def cited_answer(number: int, sentence: str) -> list[dict[str, str]]:
-    """Citation first, then the sentence that rests on it: two look-ups, each of which can be learnt by itself."""
-    return [{"type": "cite", "text": str(number)}, {"type": "text", "text": sentence}]
+def cited_answer(numbers: Sequence[int], sentence: str) -> list[dict[str, str]]:
+    """Citations first, then the sentence that rests on them: two look-ups, each of which can be learnt by itself."""
+    return [*({"type": "cite", "text": str(n)} for n in numbers), {"type": "text", "text": sentence}]
+
+
+_CITED = re.compile(r"\s*<\|cite_start\|>\s*(\d+)\s*<\|cite_end\|>")
+
+
+def judge(conversation: dict[str, Any], completion: str) -> bool:
+    """Whether an answer (special tokens by name) abstains where it should, or else cites only documents that are gold,
+    at least one, and says an answer that is right."""
+    if conversation["abstain"]:
+        return is_abstention(completion)
+    cited: list[int] = []
+    while match := _CITED.match(completion):
+        cited.append(int(match[1]))
+        completion = completion[match.end() :]
+    said = _CITED.sub("", completion)
+    right = any(exact_match(said, a) or contains_answer(said, a) for a in conversation["answers"])
+    return right and bool(cited) and set(cited) <= set(conversation["gold_numbers"])
 
 
 class RagWorld:
     """`n` contexts of given documents, each with several questions.
 
-    Every context comes from a world of its own (seeds from `seed` on), so that nothing can be known by heart: the
-    answer has to be read. `absent`: share of the questions that the documents do not answer.
+    Every context comes from a world of its own (seeds from `seed` on), so that nothing can be known by heart. It holds
+    one to `documents` documents. `absent`: share of the questions that the documents do not answer: about somebody
+    else, or about something that no document states.
     """
 
     eval_type = "generative"
 
     def __init__(
-        self, seed: int, n: int, documents: int = 3, questions: int = 6, absent: float = 0.15, draw: int = 0
+        self, seed: int = 0, n: int = 100_000, documents: int = 3, questions: int = 6, absent: float = 0.15
     ) -> None:
-        self.seed, self.n, self.n_documents, self.n_questions = seed, n, documents, questions
-        self.absent, self.draw = absent, draw
+        self.seed, self.n, self.n_documents, self.n_questions, self.absent = seed, n, documents, questions, absent
         self.name = f"rag-world-{documents}"
 
     def __len__(self) -> int:
@@ -40,7 +66,7 @@ class RagWorld:
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         i = check_index(i, self.n)
-        draws = Draws(mix(mix(self.seed, self.draw), i))
+        draws = Draws(mix(mix(0x4A6, self.seed), i))
         world = World(draws.bits() >> 8, 10, 200)
         pool = world.pool("new")
         n_documents = 1 + draws.below(self.n_documents)
@@ -49,43 +75,164 @@ class RagWorld:
             entity = pool[draws.below(len(pool))]
             if entity not in shown:
                 shown.append(entity)
-        wordings = [draws.bits() % VAL_WORDING for _ in shown]
-        documents = [as_document(world.document(e, w)) for e, w in zip(shown, wordings)]
+        documents = [as_document(world.document(e, draws.bits() % VAL_WORDING)) for e in shown]
         messages: list[dict[str, Any]] = [retrieval_message(documents).message]
         for _ in range(self.n_questions):
-            absent = draws.below(1000) < 1000 * self.absent
-            question, number = self.ask(world, pool, shown, absent, draws)
-            answer = abstention()
-            if number:
-                stated = world.statements(shown[number - 1], wordings[number - 1])
-                answer = cited_answer(number, stated[question.relation])
+            question, number = self.ask(world, pool, shown, draws)
+            answer = cited_answer([number], question.sentence) if number else abstention()
             messages += [{"role": "user", "content": question.text}, {"role": "assistant", "content": answer}]
-        return {"messages": messages, "abstain": answer == abstention()}
+        return {
+            "messages": messages,
+            "abstain": number == 0,
+            "answers": [question.answer],
+            "gold_numbers": [number] if number else [],
+        }
 
-    def ask(self, world: World, pool: range, shown: list[int], absent: bool, draws: Draws) -> tuple[Question, int]:
+    def ask(self, world: World, pool: range, shown: list[int], draws: Draws) -> tuple[Question, int]:
         """A question, and the number of the document that answers it (0: none)."""
-        if absent and draws.below(3) == 0:
-            return next(q for q in world.unanswerable("new", "train", draws.bits(), 2) if q.entity >= 0), 0
-        if absent:
+        kind = draws.below(1000)
+        if kind < 400 * self.absent:
+            return world.unstated(draws.choice(shown), draws.bits()), 0
+        if kind < 1000 * self.absent:
             while (entity := pool[draws.below(len(pool))]) in shown:
                 pass
             number = 0
         else:
-            pick = draws.below(len(shown))
-            entity, number = shown[pick], pick + 1
-        chains = list(world.entity(entity).facts)
-        return world.question(entity, (draws.choice(chains),), draws.bits()), number
+            number = 1 + draws.below(len(shown))
+            entity = shown[number - 1]
+        relation = draws.choice(list(world.entity(entity).facts))
+        return world.question(entity, (relation,), draws.bits()), number
 
     def evaluate(self, conversation: dict[str, Any], completion: str) -> bool:
-        """Whether the last answer is right: it abstains where it should, or cites the document and repeats what it
-        says."""
-        if conversation["abstain"]:
-            return is_abstention(completion)
-        cite, said = conversation["messages"][-1]["content"]
-        found = re.match(r"\s*<\|cite_start\|>\s*(\d+)\s*<\|cite_end\|>(.*)", completion, re.DOTALL)
-        return found is not None and found[1] == cite["text"] and exact_match(found[2], said["text"])
+        """See `judge`."""
+        return judge(conversation, completion)
 
 
 def as_document(record: dict[str, Any]) -> Document:
     """A document of the world as a document of a knowledge base."""
     return Document(record["id"], record["content"], record["title"], "tiny world", {"entity": record["entity"]})
+
+
+class Given:
+    """Questions that bring their documents: the prompt holds these, shuffled."""
+
+    eval_type = "generative"
+
+    def __init__(
+        self,
+        questions: Sequence[RagQuestion],
+        tokenizer: Tokenizer | None = None,
+        max_tokens: int = 0,
+        absent: float = 0.0,
+        seed: int = 0,
+        name: str = "rag-given",
+    ) -> None:
+        self.questions, self.tokenizer, self.max_tokens = questions, tokenizer, max_tokens
+        self.absent, self.seed, self.name = absent, seed, name
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        i = check_index(i, len(self))
+        question, draws = self.questions[i], Draws(mix(mix(0x61F, self.seed), i))
+        documents = list(self.documents(question, i))
+        if draws.below(1000) < 1000 * self.absent:
+            documents = [d for d in documents if d.id not in question.gold]
+        block = retrieval_message(documents, self.tokenizer, self.max_tokens, "shuffled", draws.bits() >> 1)
+        return ask_about(question, block)
+
+    def documents(self, question: RagQuestion, i: int) -> Sequence[Document]:
+        """The documents of the prompt, best first."""
+        return question.documents
+
+    def evaluate(self, conversation: dict[str, Any], completion: str) -> bool:
+        """See `judge`."""
+        return judge(conversation, completion)
+
+
+class Retrieved(Given):
+    """Questions against a knowledge base: the prompt holds what it finds.
+
+    In training (`keep_gold`) a gold document that was not found takes the place of the worst that was, except in the
+    share `absent` of the prompts, where gold documents are left out and the answer is to abstain. Searches are made for
+    many questions at once and remembered.
+    """
+
+    AHEAD = 64  # questions searched together
+
+    def __init__(
+        self,
+        questions: Sequence[RagQuestion],
+        knowledge: Retriever,
+        top_k: int = 5,
+        keep_gold: bool = False,
+        get: Any = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(questions, **options)
+        self.knowledge, self.top_k, self.keep_gold = knowledge, top_k, keep_gold
+        self.get = get or getattr(knowledge, "get", None)
+        self.name = options.get("name", "rag-retrieved")
+        self._found: dict[int, tuple[Document, ...]] = {}
+
+    def documents(self, question: RagQuestion, i: int) -> Sequence[Document]:
+        if i not in self._found:
+            ahead = [j for j in range(i, min(i + self.AHEAD, len(self))) if j not in self._found]
+            hits: list[list[Hit]] = self.knowledge.search([self.questions[j].question for j in ahead], self.top_k)
+            for j, found in zip(ahead, hits):
+                self._found[j] = tuple(hit.document for hit in found)
+        found_ = self._found[i]
+        missing = [g for g in question.gold if g not in {d.id for d in found_}]
+        if not (self.keep_gold and missing and self.get):
+            return found_
+        gold = [self.get(g) for g in missing]
+        return [*found_[: max(0, self.top_k - len(gold))], *gold]
+
+
+def ask_about(question: RagQuestion, block: Block) -> dict[str, Any]:
+    """A conversation of one question about the documents of a block: cited when one of them is gold, else abstaining.
+    A question with answers but no gold document named is answered without a citation."""
+    numbers = [n for n, document in enumerate(block.documents, 1) if document.id in question.gold]
+    needed = set(question.gold)
+    known = needed <= {block.documents[n - 1].id for n in numbers} and bool(question.answers)
+    answer = cited_answer(numbers, question.sentence) if known else abstention()
+    return {
+        "messages": [
+            block.message,
+            {"role": "user", "content": question.question},
+            {"role": "assistant", "content": answer},
+        ],
+        "abstain": not known,
+        "answers": list(question.answers),
+        "gold_numbers": numbers,
+    }
+
+
+class Wrapped:
+    """Any chat task with retrieval: what the knowledge base finds for the first question stands before it."""
+
+    def __init__(
+        self, task: Task, knowledge: Retriever, top_k: int = 5, tokenizer: Tokenizer | None = None, max_tokens: int = 0
+    ) -> None:
+        self.task, self.knowledge, self.top_k = task, knowledge, top_k
+        self.tokenizer, self.max_tokens = tokenizer, max_tokens
+        self.name, self.eval_type = f"{task.name}+retrieval", task.eval_type
+
+    def __len__(self) -> int:
+        return len(self.task)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        conversation = self.task[i]
+        messages = list(conversation["messages"])
+        place = next((n for n, message in enumerate(messages) if message["role"] == "user"), None)
+        if place is None:
+            return conversation
+        hits = self.knowledge.search(message_text(messages[place]), self.top_k)
+        block = retrieval_message([hit.document for hit in hits], self.tokenizer, self.max_tokens)
+        messages.insert(place, block.message)
+        return {**conversation, "messages": messages}
+
+    def evaluate(self, conversation: dict[str, Any], completion: str) -> bool:
+        """As the task that is wrapped."""
+        return self.task.evaluate(conversation, completion)
