@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "base_train": ("nanochat.training.commands:base_train", "pretrain on raw text"),
     "mid_train": ("nanochat.training.commands:mid_train", "go on with text and conversations mixed"),
     "chat_sft": ("nanochat.training.commands:chat_sft", "fine-tune on conversations"),
+    "rag_finetune": ("nanochat.training.rag:rag_finetune", "fine-tune on documents in the prompt: cite, or abstain"),
     "base_eval": ("nanochat.evaluation.commands:base_eval", "evaluate a model on raw text"),
     "chat_eval": ("nanochat.evaluation.commands:chat_eval", "evaluate a model on chat tasks"),
     "report": ("nanochat.report:main", "write the HTML report of a run"),
@@ -31,7 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("nanochat.doctor:main", "show this machine, the device and dtype that would be used, and why"),
 }
 
-RESUMABLE = ("quickstart", "base_train", "mid_train", "chat_sft", "download")
+RESUMABLE = ("quickstart", "base_train", "mid_train", "chat_sft", "rag_finetune", "download")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -15,9 +15,10 @@ from typing import Any
 from nanochat.data.answers import contains_answer, exact_match, is_abstention
 from nanochat.data.shuffle import Draws, mix
 from nanochat.data.world import VAL_WORDING, Question, World
+from nanochat.rag.knowledge import Searcher
 from nanochat.rag.prompt import Block, retrieval_message
 from nanochat.rag.questions import RagQuestion
-from nanochat.retrieval.document import Document, Hit, Retriever
+from nanochat.retrieval.document import Document
 from nanochat.tasks.task import Task, check_index, message_text
 from nanochat.tasks.world import abstention
 from nanochat.tokenizer import Tokenizer
@@ -164,29 +165,27 @@ class Retrieved(Given):
     def __init__(
         self,
         questions: Sequence[RagQuestion],
-        knowledge: Retriever,
+        knowledge: Searcher,
         top_k: int = 5,
         keep_gold: bool = False,
-        get: Any = None,
         **options: Any,
     ) -> None:
         super().__init__(questions, **options)
         self.knowledge, self.top_k, self.keep_gold = knowledge, top_k, keep_gold
-        self.get = get or getattr(knowledge, "get", None)
         self.name = options.get("name", "rag-retrieved")
         self._found: dict[int, tuple[Document, ...]] = {}
 
     def documents(self, question: RagQuestion, i: int) -> Sequence[Document]:
         if i not in self._found:
             ahead = [j for j in range(i, min(i + self.AHEAD, len(self))) if j not in self._found]
-            hits: list[list[Hit]] = self.knowledge.search([self.questions[j].question for j in ahead], self.top_k)
+            hits = self.knowledge.search([self.questions[j].question for j in ahead], self.top_k)
             for j, found in zip(ahead, hits):
                 self._found[j] = tuple(hit.document for hit in found)
         found_ = self._found[i]
         missing = [g for g in question.gold if g not in {d.id for d in found_}]
-        if not (self.keep_gold and missing and self.get):
+        if not (self.keep_gold and missing):
             return found_
-        gold = [self.get(g) for g in missing]
+        gold = [self.knowledge.get(g) for g in missing]
         return [*found_[: max(0, self.top_k - len(gold))], *gold]
 
 
@@ -213,7 +212,7 @@ class Wrapped:
     """Any chat task with retrieval: what the knowledge base finds for the first question stands before it."""
 
     def __init__(
-        self, task: Task, knowledge: Retriever, top_k: int = 5, tokenizer: Tokenizer | None = None, max_tokens: int = 0
+        self, task: Task, knowledge: Searcher, top_k: int = 5, tokenizer: Tokenizer | None = None, max_tokens: int = 0
     ) -> None:
         self.task, self.knowledge, self.top_k = task, knowledge, top_k
         self.tokenizer, self.max_tokens = tokenizer, max_tokens
@@ -228,7 +227,7 @@ class Wrapped:
         place = next((n for n, message in enumerate(messages) if message["role"] == "user"), None)
         if place is None:
             return conversation
-        hits = self.knowledge.search(message_text(messages[place]), self.top_k)
+        hits = self.knowledge.search([message_text(messages[place])], self.top_k)[0]
         block = retrieval_message([hit.document for hit in hits], self.tokenizer, self.max_tokens)
         messages.insert(place, block.message)
         return {**conversation, "messages": messages}

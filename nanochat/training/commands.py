@@ -182,10 +182,27 @@ def train_on_chats(
 ) -> dict[str, float]:
     rt = start(settings)
     tokenizer = load_tokenizer(run_dir(settings) / "tokenizer")
+    train_task, val_task = split_task(open_tasks(tasks))
+    return train_on_tasks(name, settings, train_task, val_task, tokenizer, rt, data, share, epochs)
+
+
+def train_on_tasks(
+    name: str,
+    settings: TrainSettings,
+    train_task: Task,
+    val_task: Task,
+    tokenizer: Tokenizer,
+    rt: Runtime,
+    data: str = "",
+    share: float = 0.0,
+    epochs: float = 1.0,
+    shuffle: bool = True,
+) -> dict[str, float]:
+    """Train the source's model on a task, with `share` of the rows from raw text `data`. shuffle: each epoch in an
+    order of its own; a curriculum goes in its own order."""
     model = model_from(find_source(settings), tokenizer, settings, rt)
     T = model.config.sequence_len
-    train_task, val_task = split_task(open_tasks(tasks))
-    chat = ChatSource(train_task, tokenizer, T, settings.seed)
+    chat = ChatSource(train_task, tokenizer, T, settings.seed, shuffle)
     val_chat = ChatSource(val_task, tokenizer, T, settings.seed, shuffle=False)
     train: dict[str, Any] = {"chat": (chat, 1.0 - share if data else 1.0, False)}
     val: dict[str, Any] = {"chat": (val_chat, False)}
