@@ -12,8 +12,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ import numpy as np
 
 from nanochat.errors import NanochatError, UsageError
 from nanochat.retrieval.document import Batch, Found, Settings
+from nanochat.retrieval.index_files import fsync, link, make_directory, write_json
 from nanochat.retrieval.segment import DenseSettings, Segment, SegmentInfo, build_index
 from nanochat.retrieval.vector_file import ArrayFile, ArrayWriter, best
 
@@ -44,7 +43,7 @@ class Contents:
 
 
 class DenseIndex:
-    """An `Index` (document.py) of vectors. Settings: see `DenseSettings`."""
+    """An `Index` (document.py) of vectors. Settings: `dense`, see `DenseSettings`, and `dimension`."""
 
     kind: ClassVar[str] = "dense"
 
@@ -111,7 +110,7 @@ class DenseIndex:
     ) -> None:
         """See `Index.write`. Raises UsageError for vectors of another dimension, NanochatError when the disk fails."""
         try:
-            directory.mkdir(parents=True)
+            make_directory(directory)
             _Writer(Path(directory), DenseSettings.of(settings), base, drop).run(batches)
         except OSError as error:
             raise NanochatError(f"cannot write the dense index {directory}: {error.strerror or error}") from error
@@ -231,7 +230,7 @@ class _Writer:
         if segment.directory == self.directory:
             return self._indexed(segment)
         for name in segment.info.files:
-            _link(segment.directory / name, self.directory / name)
+            link(segment.directory / name, self.directory / name)
         return segment.info
 
     def _indexed(self, segment: Segment) -> SegmentInfo:
@@ -297,23 +296,9 @@ def _read(directory: Path) -> Contents:
 
 
 def _store(directory: Path, contents: Contents) -> None:
-    with open(directory / MANIFEST, "x", encoding="utf-8") as file:
-        json.dump({"format": FORMAT, **asdict(contents)}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    descriptor = os.open(directory, os.O_RDONLY)
-    with contextlib.suppress(OSError):
-        os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without hard links
-        shutil.copyfile(source, target)
-        with open(target, "rb+") as file:
-            os.fsync(file.fileno())
+    write_json(directory / MANIFEST, {"format": FORMAT, **asdict(contents)})
+    with contextlib.suppress(OSError):  # a file system that cannot
+        fsync(directory)
 
 
 def _check_dimension(asked: int, held: int, directory: Path | None) -> None:

@@ -39,6 +39,7 @@ FACTORIES = {  # faiss.index_factory strings; {r} is the dimension rounded up to
 SPARE = 16  # fetched beyond k from an exact scan in float32, to settle ties in float64
 ROUNDING = 2e-5  # by which a float32 sum of 384 products of unit vectors may be off, generously
 EXACT_BELOW = 5000  # allowed rows that are compared one by one
+FEWEST_BITS = 128  # of a code: vectors of few dimensions are rotated into more
 ADD = 32768  # rows handed to FAISS at a time
 
 
@@ -52,15 +53,19 @@ class DenseSettings:
     scan_from: int = 10_000  # rows from which a segment has an index
     ivf_from: int = 150_000
     lists: int = 0  # of an inverted file; 0: twice the root of the rows
-    probe: int = 0  # lists visited; 0: a sixteenth of them
+    probe: int = 0  # lists visited; 0: a tenth of them
     fetch: int = 0  # rows nominated and then compared exactly; 0: 300
     merge: int = 4  # segments of like size become one
 
     @classmethod
     def of(cls, settings: Settings) -> DenseSettings:
-        """Raises UsageError for a name that is not a setting or a value that is none of its values."""
+        """From the settings of a knowledge base's indexes: its `dimension` and what it says under `dense`. Raises
+        UsageError for a name that is not a setting or a value that is none of its values."""
+        own = dict(settings.get("dense") or {})
+        if "dimension" in settings:
+            own["dimension"] = settings["dimension"]
         names = [one.name for one in fields(cls)]
-        for name, value in settings.items():
+        for name, value in own.items():
             if name not in names:
                 raise UsageError(f"dense index: no setting {name!r}; there are {', '.join(names)}")
             if name == "layout":
@@ -69,7 +74,7 @@ class DenseSettings:
                     raise UsageError(f"dense index: no layout {value!r}; there are auto, {known}")
             elif not isinstance(value, int) or isinstance(value, bool) or value < (2 if name == "merge" else 0):
                 raise UsageError(f"dense index: {name} = {value!r} should be a number, 0 or more (merge: 2 or more)")
-        return cls(**settings)
+        return cls(**own)
 
     def kind(self, n: int) -> str:
         """The layout of a segment of `n` rows."""
@@ -201,7 +206,7 @@ class Segment:
         if kind == "hnsw":
             return faiss.SearchParametersHNSW(efSearch=int(fetch / share), sel=selector)
         lists = faiss.extract_index_ivf(self.index()).nlist
-        probe = self.settings.probe or max(lists // 16, 1)
+        probe = self.settings.probe or max(lists // 10, 1)
         lists_visited = min(lists, int(np.ceil(probe / share)))
         if kind == "ivf-sq8":
             return faiss.SearchParametersIVF(nprobe=lists_visited, sel=selector)
@@ -259,7 +264,7 @@ def build_index(kind: str, vectors: ArrayFile, path: Path, settings: DenseSettin
     faiss = import_faiss()
     width = vectors.width or 0
     lists = n_lists(kind, vectors.n, settings)
-    recipe = FACTORIES[kind].format(r=-(-width // 32) * 32, lists=lists)
+    recipe = FACTORIES[kind].format(r=max(-(-width // 32) * 32, FEWEST_BITS), lists=lists)
     faiss.omp_set_num_threads(_threads())
     try:
         index = faiss.index_factory(width, recipe, faiss.METRIC_INNER_PRODUCT)
