@@ -1,0 +1,201 @@
+"""The command `rag_eval`: a checkpoint and questions in; one table and a JSON file beside the stages of its run out."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanochat import config, runtime
+from nanochat.data.corpus import open_world
+from nanochat.data.spec import read_options, split_spec
+from nanochat.data.world import World
+from nanochat.engine.load import Loaded
+from nanochat.engine.sampling import Sampling
+from nanochat.errors import UsageError
+from nanochat.evaluation.commands import EvalSettings, load
+from nanochat.evaluation.metrics import write_metrics
+from nanochat.evaluation.rag import Options, measure_rag
+from nanochat.evaluation.rag_questions import complain, load_questions, world_questions
+from nanochat.evaluation.rag_result import CONDITIONS, RagResult
+from nanochat.rag.knowledge import open_knowledge
+from nanochat.rag.prompt import ORDERS
+from nanochat.rag.questions import RagQuestion
+from nanochat.rag.tasks import as_document
+from nanochat.runtime import log
+
+RETRIEVER_TYPES = ("simple", "bm25", "dense", "hybrid")
+
+
+@dataclass(frozen=True)
+class RagEvalSettings(EvalSettings):
+    """Evaluate answers from documents: right, made up, cited, abstained; against closed book and shuffled documents."""
+
+    source: str = "rag"
+    """what to evaluate: a stage (rag, sft), or the path of a checkpoint, stage or run directory"""
+    questions: str = "world:seed=7,known=200,new=400"
+    """a JSONL file of questions (or HotpotQA's), or a tiny world, whose new entities are asked about"""
+    knowledge_base: str | None = None
+    """directory of the knowledge base to search (default: of a world its documents; of a file those in its records)"""
+    retriever_type: str | None = None
+    """simple, bm25, dense or hybrid (default: the knowledge base's own; hybrid for one made of a world)"""
+    top_k: int = 5
+    """documents to retrieve for each question"""
+    order: str = "best_first"
+    """order of the documents in the prompt: best_first, best_last or shuffled"""
+    max_tokens_documents: int = 0
+    """tokens that documents may take (0: all that question and answer leave)"""
+    conditions: tuple[str, ...] = tuple(CONDITIONS)
+    """columns of the table: closed_book, rag, rag_gold, rag_shuffled, no_documents"""
+    max_problems: int = 500
+    """questions that have an answer (0: all of a file)"""
+    max_unanswerable: int = 500
+    """questions that nothing answers (0: all of a file, none of a world)"""
+    max_tokens: int = 64
+    """longest answer"""
+    temperature: float = 0.0
+    """0: always the most likely token"""
+    contrast: bool = False
+    """measure the hallucination score by the model's own contrast too: two more passes for each answer"""
+    latency_questions: int = 10
+    """questions that are answered one at a time for the latency"""
+    samples: int = 6
+    """answers of each column to keep in the JSON file"""
+
+    def check(self, files: bool = False) -> None:
+        """Raises one UsageError for all flags that are wrong, and with `files` for those that name nothing."""
+        problems = []
+        least = {"batch_size": 1, "top_k": 1, "max_tokens": 1, "max_problems": 0, "max_unanswerable": 0,
+                 "max_tokens_documents": 0, "latency_questions": 0, "samples": 0}  # fmt: skip
+        for flag, low in least.items():
+            if getattr(self, flag) < low:
+                problems.append(f"--{flag} {getattr(self, flag)}: must be at least {low}")
+        if self.retriever_type not in (None, *RETRIEVER_TYPES):
+            problems.append(f"--retriever_type {self.retriever_type}: must be one of {', '.join(RETRIEVER_TYPES)}")
+        if self.order not in ORDERS:
+            problems.append(f"--order {self.order}: must be one of {', '.join(ORDERS)}")
+        unknown = [name for name in self.conditions if name not in CONDITIONS]
+        if unknown or not self.conditions:
+            problems.append(f"--conditions {' '.join(unknown)}: must be among {', '.join(CONDITIONS)}")
+        if self.temperature < 0:
+            problems.append(f"--temperature {self.temperature}: must be at least 0")
+        if files and not is_world(self.questions) and not Path(self.questions).is_file():
+            problems.append(f"--questions {self.questions}: there is no such file, and it is no world:seed=…,new=…")
+        if files and self.knowledge_base is not None and not Path(self.knowledge_base).is_dir():
+            problems.append(f"--knowledge_base {self.knowledge_base}: there is no such directory")
+        if len(problems) == 1:
+            raise UsageError(problems[0])
+        complain(problems, "nothing was evaluated")
+
+
+def evaluate_rag_settings(settings: RagEvalSettings) -> RagResult:
+    """Evaluate, print the table, and write `rag_eval_<stage>.json` into the run's directory."""
+    settings.check(files=True)
+    world = open_world_of(settings.questions) if is_world(settings.questions) else None
+    questions = choose_questions(settings, world)
+    with knowledge_of(settings, world, questions) as knowledge:
+        loaded = load(settings)
+        if not trained_on_retrieval(loaded):
+            log.warning(
+                "%s was never trained on retrieved documents: expect no citations and few right answers; "
+                "`nanochat rag_finetune --source %s` trains that", loaded.path, settings.source,
+            )  # fmt: skip
+        options = Options(
+            settings.top_k, settings.order, settings.max_tokens_documents, settings.batch_size,
+            Sampling(max_tokens=settings.max_tokens, temperature=settings.temperature, seed=settings.seed),
+            settings.contrast, None, settings.latency_questions, settings.seed, progress=True,
+        )  # fmt: skip
+        result = measure_rag(loaded.model, loaded.tokenizer, knowledge, questions, options, settings.conditions)
+    save(settings, loaded, result, new=world is not None)
+    return result
+
+
+def is_world(spec: str) -> bool:
+    return spec.partition(":")[0] == "world"
+
+
+def open_world_of(spec: str) -> World:
+    """The world of `world:seed=7,known=200,new=400`. Raises UsageError."""
+    return open_world(read_options(spec, split_spec(spec)[1], {"seed": int, "known": int, "new": int}))
+
+
+def choose_questions(settings: RagEvalSettings, world: World | None) -> list[RagQuestion]:
+    """The questions to ask: the first of a file; drawn by the seed from a world."""
+    if world is not None:
+        return world_questions(world, settings.max_problems or 500, settings.max_unanswerable, settings.seed)
+    questions = load_questions(settings.questions)
+    answerable = [q for q in questions if q.answerable]
+    others = [q for q in questions if not q.answerable]
+    return answerable[: settings.max_problems or None] + others[: settings.max_unanswerable or None]
+
+
+@contextmanager
+def knowledge_of(settings: RagEvalSettings, world: World | None, questions: list[RagQuestion]) -> Iterator[Any]:
+    """What is searched: the knowledge base named, one made of the world's new entities, or None where the questions
+    bring their documents. Raises NanochatError when the knowledge base is missing, damaged or of another version."""
+    if settings.knowledge_base is None and world is None:
+        yield None
+        return
+    if settings.knowledge_base is not None:
+        yield open_knowledge(settings.knowledge_base, settings.retriever_type or "")
+        return
+    assert world is not None
+    with world_knowledge(world, settings.retriever_type or "hybrid") as knowledge:
+        yield knowledge
+
+
+@contextmanager
+def world_knowledge(world: World, kind: str = "hybrid") -> Iterator[Any]:
+    """A knowledge base of the world's new entities, one document each, in a temporary directory."""
+    from nanochat.retrieval import KnowledgeBase
+
+    with (
+        tempfile.TemporaryDirectory(prefix="nanochat-rag-") as directory,
+        KnowledgeBase.create(Path(directory) / "knowledge_base", kind=kind) as knowledge,
+    ):
+        knowledge.add(as_document(record) for record in world.documents("new"))
+        yield knowledge
+
+
+def trained_on_retrieval(loaded: Loaded) -> bool:
+    """Whether the checkpoint's stage, or the tasks in its stage's config.json, are about retrieval."""
+    if loaded.meta.get("stage") == "rag":
+        return True
+    try:
+        saved = json.loads((loaded.path.parent / "config.json").read_text(encoding="utf-8"))
+        return any(str(task).startswith("rag") for task in saved.get("tasks", ()))
+    except (OSError, ValueError, AttributeError, TypeError):
+        return False
+
+
+def save(settings: RagEvalSettings, loaded: Loaded, result: RagResult, new: bool) -> Path:
+    """Print the table and write the JSON file, on rank 0."""
+    stage = str(loaded.meta.get("stage") or loaded.path.parent.name)
+    path = loaded.path.parent.parent / f"rag_eval_{stage}.json"
+    if runtime.rank() == 0:
+        about = {
+            "kind": "rag_eval", "stage": stage, "step": loaded.meta["step"], "checkpoint": str(loaded.path),
+            "questions": settings.questions, "knowledge_base": settings.knowledge_base,
+            "retriever_type": settings.retriever_type, "top_k": settings.top_k, "order": settings.order,
+            "seed": settings.seed, "quantize": settings.quantize,
+            "conditions": {
+                name: {"questions": len(c.judged), "cut": sum(j.cut for j in c.judged), "seconds": round(c.seconds, 3)}
+                for name, c in result.columns.items()
+            },
+            "samples": result.samples(settings.samples),
+        }  # fmt: skip
+        write_metrics(path, result.metrics(new), **about)
+    runtime.print0(f"{loaded.path}\n{result.table()}\nwritten to {path}")
+    return path
+
+
+def rag_eval(argv: list[str] | None = None) -> None:
+    """The command `nanochat rag_eval`."""
+    try:
+        evaluate_rag_settings(config.parse(RagEvalSettings, argv, prog="nanochat rag_eval"))
+    finally:
+        runtime.finish()

@@ -1,0 +1,174 @@
+"""Where the questions of a RAG evaluation come from: the tiny world, or a file; all is checked before anything runs.
+
+Files are JSONL as `nanochat.rag.questions` describes (HotpotQA's records included), or one JSON list of such records,
+the form in which HotpotQA's authors publish it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+from nanochat.data.world import Question, World
+from nanochat.errors import NanochatError, UsageError
+from nanochat.rag.questions import MAX_SHOWN, RagQuestion, parse_question
+from nanochat.retrieval.document import Document, Hit
+from nanochat.tokenizer import Tokenizer
+
+LEAST_ROOM = 32  # tokens that a prompt must leave for documents
+
+
+class Knowledge(Protocol):
+    """What an evaluation needs of a knowledge base or retriever. `get` and `in` serve gold documents that do not come
+    with the question."""
+
+    def search(self, queries: Sequence[str], k: int = 5) -> Sequence[Sequence[Hit]]: ...
+
+
+def complain(problems: Sequence[str], what: str) -> None:
+    """Raise one UsageError for all problems, the first MAX_SHOWN of them in full; nothing when there are none."""
+    if not problems:
+        return
+    more = f"\n  and {len(problems) - MAX_SHOWN} more" if len(problems) > MAX_SHOWN else ""
+    raise UsageError(f"{what}:\n  " + "\n  ".join(problems[:MAX_SHOWN]) + more)
+
+
+# ---- the tiny world
+
+
+def world_questions(world: World, n: int = 500, n_unanswerable: int = 500, seed: int = 0) -> list[RagQuestion]:
+    """`n` questions about new entities, three of four from the part that training may use, one from the held-out part
+    (as the entities themselves are divided), and `n_unanswerable` that no document answers: by turns a relation that no
+    document states and a name that nobody bears. Gold documents are those of wording 0.
+
+    Raises UsageError for a world without so many questions."""
+    if not world.n_new:
+        raise UsageError("world: new=0 leaves no new entity to ask about; give at least 40")
+    parts = ("train", "heldout")
+    answerable = list(islice(_by_turns([world.questions(1, "new", part, seed, n) for part in parts]), n))
+    absent = _by_turns([world.unanswerable("new", part, seed, n_unanswerable) for part in parts])
+    if len(answerable) < n:
+        enough = world.n_new * n // max(1, len(answerable)) + 10
+        raise UsageError(
+            f"world: {world.n_new} new entities give only {len(answerable)} questions, not {n}: give the world more of "
+            f"them (new={enough}), or ask fewer"
+        )
+    return [_of_world(q, f"world-{i}") for i, q in enumerate([*answerable, *islice(absent, n_unanswerable)])]
+
+
+def _by_turns(parts: Sequence[Iterator[Question]]) -> Iterator[Question]:
+    """Three of the first, one of the second, and so on; then what is left."""
+    while some := [*islice(parts[0], 3), *islice(parts[1], 1)]:
+        yield from some
+
+
+def _of_world(question: Question, name: str) -> RagQuestion:
+    if not question.answerable:
+        return RagQuestion(name, question.text, (), "", ())
+    return RagQuestion(name, question.text, (question.answer,), question.sentence, question.gold_documents)
+
+
+# ---- files
+
+
+def load_questions(path: str | Path) -> list[RagQuestion]:
+    """The questions of a file. Raises NanochatError when it cannot be read, UsageError that lists everything wrong with
+    it by line (or by item of a list)."""
+    path = Path(path)
+    found: list[RagQuestion] = []
+    problems: list[str] = []
+    places: dict[str, str] = {}
+    for where, record in _records(path, problems):
+        try:
+            question = parse_question(record, where.replace("line ", "q").replace("item ", "q"))
+            if question.gold and not question.answers:
+                raise ValueError("has gold documents, but no answer that they could state")
+        except KeyError as error:
+            problems.append(f"{where}: lacks {error}")
+        except (ValueError, TypeError, AttributeError) as error:
+            problems.append(f"{where}: {error}")
+        else:
+            if question.id in places:
+                problems.append(f"{where}: the id {question.id!r} stands at {places[question.id]} too")
+            places.setdefault(question.id, where)
+            found.append(question)
+    if not found and not problems:
+        problems.append("it holds no question")
+    complain(problems, f"{path} cannot be evaluated")
+    return found
+
+
+def _records(path: Path, problems: list[str]) -> Iterator[tuple[str, Any]]:
+    """(place, record) of a JSONL file, or of a file that is one JSON list; what is no JSON goes to the problems."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise NanochatError(f"cannot read {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise NanochatError(f"{path}, line {line}: not UTF-8 ({error.reason})") from None
+    is_list = text.lstrip().startswith("[")
+    for number, piece in enumerate([text] if is_list else text.split("\n"), 1):
+        if not piece.strip():
+            continue
+        try:
+            value = json.loads(piece)
+        except (ValueError, RecursionError) as error:
+            problems.append(f"{'the list' if is_list else f'line {number}'}: not JSON: {error}")
+            continue
+        if is_list:
+            yield from ((f"item {i}", item) for i, item in enumerate(value, 1))
+        else:
+            yield f"line {number}", value
+
+
+# ---- before generation
+
+
+def with_own_ids(question: RagQuestion) -> RagQuestion:
+    """The question with ids of its documents that no other question's documents have."""
+    named = tuple(replace(d, id=f"{question.id}/{d.id}") for d in question.documents)
+    return replace(question, documents=named, gold=tuple(f"{question.id}/{g}" for g in question.gold))
+
+
+def gold_documents(question: RagQuestion, knowledge: Any) -> list[Document]:
+    """The documents that state the answer, from the question itself or from the knowledge base."""
+    own = {document.id: document for document in question.documents}
+    return [own[i] if i in own else knowledge.get(i) for i in question.gold]
+
+
+def check_questions(
+    questions: Sequence[RagQuestion], knowledge: Any, tokenizer: Tokenizer, context: int, room: int
+) -> None:
+    """Everything that would fail or mean nothing later, in one UsageError.
+
+    knowledge: None when the questions bring their documents. room: tokens kept for the answer."""
+    problems: list[str] = []
+    if not questions:
+        problems.append("there is no question")
+    if knowledge is not None and hasattr(knowledge, "__len__") and not len(knowledge):
+        problems.append("the knowledge base is empty: add documents to it first")
+    for question in questions:
+        if knowledge is None and not question.documents:
+            problems.append(f"question {question.id}: brings no documents, and no knowledge base was given to search")
+        own = {document.id for document in question.documents}
+        for name in question.gold:
+            if name not in own and not (hasattr(knowledge, "__contains__") and name in knowledge):
+                where = "the question's documents" if knowledge is None else "the knowledge base"
+                problems.append(f"question {question.id}: its gold document {name!r} is not in {where}")
+        needed = prompt_tokens(question, tokenizer) + room + LEAST_ROOM
+        if needed > context:
+            problems.append(
+                f"question {question.id}: needs {needed} tokens ({room} for the answer, {LEAST_ROOM} for documents), "
+                f"the model's context has {context}"
+            )
+    complain(problems, "nothing was evaluated")
+
+
+def prompt_tokens(question: RagQuestion, tokenizer: Tokenizer) -> int:
+    """Length of the prompt without documents."""
+    return len(tokenizer.render_prompt({"messages": [{"role": "user", "content": question.question}]}).ids)
