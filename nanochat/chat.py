@@ -8,16 +8,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
 from nanochat.engine.generate import Completion, Engine
 from nanochat.engine.load import Loaded, load_checkpoint
-from nanochat.engine.sampling import Sampling
-from nanochat.errors import UsageError
+from nanochat.engine.sampling import make_sampling
 from nanochat.runtime import log
 
 Messages = str | Sequence[dict[str, Any]]
@@ -105,14 +102,3 @@ class ChatModel:
                 self.context, rendered.truncated_tokens,
             )  # fmt: skip
         return rendered.ids
-
-
-def make_sampling(options: dict[str, Any]) -> Sampling:
-    """Sampling from keyword arguments. Raises UsageError for an unknown name."""
-    known = [field.name for field in dataclasses.fields(Sampling)]
-    for name in options:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(known)}"
-            raise UsageError(f"unknown sampling option {name!r}; {hint}")
-    return Sampling(**options)

@@ -5,9 +5,12 @@ Letters: B rows, V vocabulary, K candidates kept.
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +54,17 @@ class Sampling:
                 raise UsageError(f"--{name} {getattr(self, name)}: expected {expected}")
         if not all(isinstance(s, str) and s for s in self.stop):
             raise UsageError("--stop: a stop string must not be empty")
+
+
+def make_sampling(options: Mapping[str, Any]) -> Sampling:
+    """Sampling from keyword arguments. Raises UsageError for an unknown name."""
+    known = [field.name for field in dataclasses.fields(Sampling)]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(known)}"
+            raise UsageError(f"unknown sampling option {name!r}; {hint}")
+    return Sampling(**options)
 
 
 class Stream:

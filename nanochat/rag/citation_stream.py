@@ -1,0 +1,67 @@
+"""An answer with its citations as text, while it is still being written."""
+
+from __future__ import annotations
+
+import re
+
+from nanochat.tokenizer import StreamDecoder, Tokenizer
+
+
+class CitationStream:
+    """Tokens in, text out: what `citations.parse(...).render()` says of all tokens, piece by piece.
+
+    The model cites before a sentence, the text shows the citation behind it: `[n]` comes out when the sentence has
+    ended. Citations that name none of the `n_documents` leave no trace. A decoder for `Engine`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, n_documents: int) -> None:
+        self.tokenizer, self.n_documents = tokenizer, n_documents
+        self._start, self._end = tokenizer.special("cite_start"), tokenizer.special("cite_end")
+        self._decoder = StreamDecoder(tokenizer, skip_special=True)
+        self._inside: list[int] | None = None  # the tokens of a citation that has not ended
+        self._cited: list[int] = []
+        self._blanks = ""  # held back: at its end a sentence loses them
+        self._begun = False  # whether the sentence has said something
+        self._any = False  # whether a sentence before has
+
+    def feed(self, ids: int) -> str:
+        """The text that this token releases."""
+        if ids == self._start:
+            self._inside = []
+            return self._close()
+        if self._inside is None:
+            return "" if self.tokenizer.is_special(ids) else self._say(self._decoder.feed(ids))
+        if ids != self._end:
+            self._inside.append(ids)
+            return ""
+        label = self.tokenizer.decode(self._inside).strip()
+        if re.fullmatch(r"[0-9]{1,4}", label) and 1 <= int(label) <= self.n_documents:
+            self._cited.append(int(label))
+        self._inside = None
+        return ""
+
+    def flush(self) -> str:
+        """The citations of the last sentence."""
+        return self._close()
+
+    def _say(self, text: str) -> str:
+        text = self._blanks + text
+        if not self._begun:
+            text = text.lstrip()
+        said = text.rstrip()
+        self._blanks = text[len(said) :]
+        if not said:
+            return ""
+        joint = " " if self._any and not self._begun else ""
+        self._begun = True
+        return joint + said
+
+    def _close(self) -> str:
+        text = self._say(self._decoder.flush())
+        self._blanks = ""
+        if not self._begun:
+            return text
+        text += "".join(f" [{n}]" for n in dict.fromkeys(self._cited))
+        self._cited.clear()
+        self._begun, self._any = False, True
+        return text

@@ -1,0 +1,246 @@
+"""Chat with documents: every turn searches a knowledge base, and the answer cites what it rests on.
+
+    chat = nanochat.load("rag").with_knowledge("kb")
+    answer = chat.chat("Who founded Torwick?")
+    print(answer)                  # Mara Velt founded Torwick. [2]     [2] Torwick (towns.jsonl)
+    answer.citations, answer.documents, answer.support
+
+The prompt is laid out as in training: the documents first, then the conversation. So the documents are a stable prefix,
+and when a later question finds the same ones, nobody reads them again (`engine.prefix`).
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from nanochat.data.answers import ABSTENTION
+from nanochat.engine.generate import Completion, Engine
+from nanochat.engine.prefix import PrefixCache
+from nanochat.engine.sampling import Sampling, make_sampling
+from nanochat.errors import UsageError
+from nanochat.model.lm import LM
+from nanochat.rag.citation_stream import CitationStream
+from nanochat.rag.citations import Answer, Sentence, parse, sources
+from nanochat.rag.knowledge import Searcher
+from nanochat.rag.prompt import ORDERS, Block, retrieval_message
+from nanochat.rag.rewrite import Rewriter, standalone
+from nanochat.rag.support import Support, support
+from nanochat.retrieval.document import Document, Embedder, Hit
+from nanochat.runtime import log
+from nanochat.tasks.task import message_text
+from nanochat.tokenizer import Tokenizer
+
+NOTHING_FOUND = ABSTENTION  # the whole answer when the knowledge base has no document for a question
+_SHOWN_CITATION = re.compile(r"\s*\[\d{1,4}\]")
+
+
+@dataclass(frozen=True)
+class GroundedAnswer:
+    """An answer and what it rests on."""
+
+    text: str  # with citations as [n]: documents[n - 1]
+    answer: Answer  # sentence by sentence
+    documents: tuple[Document, ...]  # those of the prompt, as the model saw them
+    support: tuple[Support, ...]  # of each sentence of `answer`
+    query: str  # what was searched for; empty: nothing was, for a greeting or thanks
+    seconds: float  # retrieval and generation
+    completion: Completion | None = field(default=None, repr=False)  # None: nothing was found, the model was not asked
+
+    @property
+    def abstained(self) -> bool:
+        """Whether the answer is that the documents do not say."""
+        return self.answer.abstained
+
+    @property
+    def citations(self) -> tuple[Document, ...]:
+        """The documents that are cited, in order of first mention."""
+        return tuple(self.documents[n - 1] for n in self.answer.citations)
+
+    @property
+    def sources(self) -> list[str]:
+        """A line for each cited document: `[2] Title (source)`."""
+        return sources(self.answer, self.documents)
+
+    def __str__(self) -> str:
+        return "\n".join([self.text, *self.sources])
+
+
+class GroundedChat:
+    """A model and a knowledge base that answer together. Several conversations and threads may share one.
+
+    knowledge: anything with `search(queries, k)`, such as a KnowledgeBase. top_k: documents a turn. order: of the
+    documents in the prompt, see `rag.prompt`. max_tokens_documents: tokens that documents may take (0: what the
+    conversation leaves, at least three quarters of the prompt). rewrite: makes the query out of the conversation.
+    cache: keeps the states of documents (None: one of its own of 256 MB; `PrefixCache(0)`: none). embedder, contrast:
+    further signs of support. Raises UsageError for values out of range and an empty knowledge base.
+    """
+
+    def __init__(
+        self,
+        model: LM,
+        tokenizer: Tokenizer,
+        knowledge: Searcher,
+        *,
+        top_k: int = 5,
+        order: str = "best_first",
+        max_tokens_documents: int = 0,
+        rewrite: Rewriter = standalone,
+        cache: PrefixCache | None = None,
+        embedder: Embedder | None = None,
+        contrast: bool = False,
+    ) -> None:
+        if top_k < 1:
+            raise UsageError(f"top_k {top_k}: expected at least 1 document")
+        if order not in ORDERS:
+            raise UsageError(f"document order {order!r}: must be one of {', '.join(ORDERS)}")
+        if max_tokens_documents < 0:
+            raise UsageError(f"max_tokens_documents {max_tokens_documents}: expected 0 (automatic) or more")
+        if not getattr(knowledge, "__len__", lambda: 1)():
+            raise UsageError("the knowledge base holds no documents: add some, and ask then")
+        self.model, self.tokenizer, self.knowledge = model, tokenizer, knowledge
+        self.top_k, self.order, self.max_tokens_documents = top_k, order, max_tokens_documents
+        self.rewrite, self.embedder, self.contrast = rewrite, embedder, contrast
+        self.cache = PrefixCache() if cache is None else cache
+
+    @property
+    def context(self) -> int:
+        """Tokens that prompt and answer may have together."""
+        return self.model.config.sequence_len
+
+    def retrieve(self, messages: str | Sequence[Mapping[str, Any]]) -> tuple[str, list[Hit]]:
+        """The query for the last question, and what it finds. No hits for an empty query."""
+        conversation = as_messages(messages)
+        query = self.rewrite(conversation).strip()
+        return query, list(self.knowledge.search([query], self.top_k)[0]) if query else []
+
+    def chat(self, messages: str | Sequence[Mapping[str, Any]], **sampling: Any) -> GroundedAnswer:
+        """The answer to a conversation: a list of {"role", "content"}, or just a question.
+
+        Keyword arguments are the fields of `Sampling`; the temperature is 0 unless it is given. Earlier answers may
+        hold their [n]; documents of earlier turns are not needed and left out. Raises UsageError for a conversation
+        without a question.
+        """
+        pieces = self.stream_chat(messages, **sampling)
+        while True:
+            try:
+                next(pieces)
+            except StopIteration as end:
+                return end.value
+
+    def stream_chat(
+        self, messages: str | Sequence[Mapping[str, Any]], **sampling: Any
+    ) -> Generator[str, None, GroundedAnswer]:
+        """As `chat`, piece by piece; the generator returns the GroundedAnswer."""
+        began = time.perf_counter()
+        conversation, chosen = as_messages(messages), make_sampling({"temperature": 0.0, **sampling})
+        query, hits = self.retrieve(conversation)
+        limit = self.context - min(chosen.max_tokens, self.context // 4)
+        block, asked = lay_out(
+            conversation, [h.document for h in hits], self.tokenizer, limit, self.max_tokens_documents, self.order
+        )
+        if query and not block.documents:
+            yield NOTHING_FOUND
+            nothing = Answer((Sentence(NOTHING_FOUND, ()),), True, ())
+            return GroundedAnswer(NOTHING_FOUND, nothing, (), (), query, time.perf_counter() - began)
+        completion = yield from self._stream(asked, limit, len(block.documents), chosen)
+        answer = parse(completion.ids, self.tokenizer, len(block.documents))
+        found = tuple(self._support(answer, block, asked))
+        seconds = time.perf_counter() - began
+        return GroundedAnswer(completion.text, answer, block.documents, found, query, seconds, completion)
+
+    def _stream(
+        self, messages: list[dict[str, Any]], limit: int, n_documents: int, sampling: Sampling
+    ) -> Generator[str, None, Completion]:
+        ids = self.tokenizer.render_prompt({"messages": messages}, limit).ids
+        engine = Engine(self.model, self.tokenizer, decoder=partial(CitationStream, self.tokenizer, n_documents))
+        return (yield from engine.stream(ids, sampling, self.cache if self.cache.max_bytes else None))
+
+    def _support(self, answer: Answer, block: Block, messages: list[dict[str, Any]]) -> list[Support]:
+        if not block.documents or answer.abstained:
+            return []
+        question = message_text(messages[-1])
+        if not self.contrast:
+            return support(answer, block.documents, question=question, embedder=self.embedder)
+        return support(
+            answer, block.documents, question=question, embedder=self.embedder,
+            model=self.model, tokenizer=self.tokenizer, messages=messages,
+        )  # fmt: skip
+
+
+def as_messages(messages: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A conversation that ends with the user's question. Raises UsageError when it has none."""
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    conversation = [dict(message) for message in messages]
+    while conversation and conversation[-1].get("role") == "assistant":
+        conversation.pop()
+    if not conversation or conversation[-1].get("role") != "user":
+        raise UsageError('the conversation must end with a question: {"role": "user", "content": ...}')
+    return conversation
+
+
+def lay_out(
+    conversation: Sequence[dict[str, Any]],
+    documents: Sequence[Document],
+    tokenizer: Tokenizer,
+    limit: int,
+    max_tokens_documents: int = 0,
+    order: str = "best_first",
+) -> tuple[Block, list[dict[str, Any]]]:
+    """The block of documents, and the messages of a prompt of at most `limit` tokens: system, documents, conversation.
+
+    Documents of earlier turns leave first: their numbers would be mistaken for the new ones. Then a question keeps its
+    beginning and end within half of the prompt, the documents are trimmed to fit, and the oldest turns leave.
+    """
+    size = partial(_size, tokenizer=tokenizer)
+    system = [m for m in conversation[:1] if m["role"] == "system"]
+    history = [_plain(m) for m in conversation[len(system) : -1] if m["role"] in ("user", "assistant", "tool")]
+    question = _fit_question(conversation[-1], tokenizer, limit // 2)
+    room = max(limit - 2 - sum(map(size, [*system, question])), limit // 4)  # <|bos|>, <|assistant_start|>
+    said = sum(map(size, history))
+    budget = max(room - said, 3 * room // 4)
+    if max_tokens_documents:
+        budget = min(budget, max_tokens_documents)
+    block = retrieval_message(documents, tokenizer, budget, order)
+    if documents and not block.documents:
+        log.warning("none of %d documents fits into %d tokens of the context", len(documents), budget)
+    shown = [block.message] if block.documents else []
+    room -= sum(map(size, shown))
+    n_turns = sum(m["role"] == "user" for m in history)
+    while history and sum(map(size, history)) > room:
+        rest = [i for i, m in enumerate(history) if i and m["role"] == "user"]
+        history = history[rest[0] :] if rest else []
+    dropped = n_turns - sum(m["role"] == "user" for m in history)
+    if dropped:
+        log.warning("the conversation is too long beside its documents: the oldest %d turn(s) are left out", dropped)
+    return block, [*system, *shown, *history, question]
+
+
+def _size(message: dict[str, Any], tokenizer: Tokenizer) -> int:
+    """Tokens of one message in a prompt."""
+    return len(tokenizer.render({"messages": [message]}).ids) - 1  # without <|bos|>
+
+
+def _plain(message: dict[str, Any]) -> dict[str, Any]:
+    """A message of an earlier turn, without citations: their documents are gone."""
+    if message["role"] != "assistant":
+        return message
+    if isinstance(message["content"], str):
+        return {**message, "content": _SHOWN_CITATION.sub("", message["content"])}
+    return {**message, "content": [part for part in message["content"] if part.get("type") != "cite"]}
+
+
+def _fit_question(message: dict[str, Any], tokenizer: Tokenizer, most: int) -> dict[str, Any]:
+    """The question with its middle left out where it is too long."""
+    text = message_text(message)
+    ids = tokenizer.encode(text)
+    if len(ids) <= most:
+        return message
+    log.warning("the question is too long for the context: %d of its %d tokens are left out", len(ids) - most, len(ids))
+    half = (most - 2) // 2
+    return {"role": "user", "content": f"{tokenizer.decode(ids[:half])} {tokenizer.decode(ids[-half:])}"}
