@@ -48,13 +48,13 @@ class _Lines:
     def __iter__(self) -> Iterator[tuple[int, str]]:
         number = 0
         try:
-            with open(self.path, encoding="utf-8-sig", newline="") as file:
+            with open(self.path, "rb") as file:
                 for number, line in enumerate(file, 1):
-                    yield number, line.rstrip("\r\n")
+                    yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
         except OSError as error:
             raise NanochatError(f"cannot read {self.path}: {error.strerror or error}") from error
         except UnicodeDecodeError as error:
-            self.fail(number + 1, f"not UTF-8 ({error.reason})")
+            self.fail(number, f"not UTF-8 ({error.reason} at byte {error.start})")
 
     def fail(self, number: int, message: str) -> NoReturn:
         raise NanochatError(f"{self.path}, line {number}: {message}")
@@ -107,8 +107,9 @@ def read_queries(path: str | Path) -> Queries:
 
 def read_qrels(path: str | Path) -> Judgements:
     """Judgements of a file: TREC (`query 0 document grade`), BEIR's TSV (`query <tab> document <tab> grade`, with or
-    without a heading), Cranfield's cranqrel (see `cranfield_grade`), or our JSONL with `gold`. Raises NanochatError
-    for a document judged twice for a query with different grades, an empty file and what is none of these."""
+    without a heading), Cranfield's, when the name begins with cranqrel (see `cranfield_grade`), or our JSONL with
+    `gold`. Raises NanochatError for a document judged twice for a query with different grades, an empty file and what
+    is none of these."""
     lines = _Lines(path)
     if lines.first().startswith("{"):
         judged = _jsonl_gold(lines)
@@ -178,7 +179,10 @@ def _qrels_columns(lines: _Lines, cranfield: bool) -> Iterator[tuple[int, str, s
             continue  # BEIR's heading
         if not re.fullmatch(r"[+-]?\d+", grade):
             lines.fail(number, f"grade {grade!r} is not a whole number")
-        yield number, query, document, cranfield_grade(int(grade)) if cranfield else int(grade)
+        value = cranfield_grade(int(grade)) if cranfield else int(grade)
+        if value is None:
+            lines.fail(number, f"Cranfield has the relevance codes 1 to 5 and -1, not {grade}")
+        yield number, query, document, value
 
 
 # ------------------------------------------------------------------------------------------------------------- TREC
@@ -307,8 +311,12 @@ def cranfield(directory: str | Path) -> Collection:
     return Collection(documents, read_queries(folder / "cran.qry"), read_qrels(folder / "cranqrel"))
 
 
-def cranfield_grade(code: int) -> int:
-    return code
+def cranfield_grade(code: int) -> int | None:
+    """The grade of a relevance code in cranqrel, where 1 is the best ("a complete answer") and 4 the least ("minimum
+    interest"), and 5 means irrelevant: 1 for each of 1 to 4, since published figures take them alike; taken for a grade
+    the code would turn the order around. The widespread copies with -1 say it of the papers that the questions arose
+    from, which other copies give a 1. None for another number."""
+    return {-1: 1, 1: 1, 2: 1, 3: 1, 4: 1, 5: 0}.get(code)
 
 
 def _smart(lines: _Lines) -> Iterator[tuple[int, str, dict[str, str]]]:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias, overload
 
 import numpy as np
 
-from nanochat.errors import UsageError
+from nanochat.errors import NanochatError, UsageError
 from nanochat.retrieval.document import Document, Filter, Found, Hit, Reranker, Retriever
 from nanochat.retrieval.fusion import rrf, weighted
+from nanochat.retrieval.index_files import make_directory, write_json
 from nanochat.retrieval.rerank import make_reranker, rerank
 
 Key: TypeAlias = tuple[str, tuple[int, int] | None]  # what makes a passage one: the id and where in the document
 
 FUSIONS = ("weighted", "rrf")
+FORMAT, SAVED = 1, "hybrid.json"
 
 
 class HybridRetriever:
@@ -72,6 +76,53 @@ class HybridRetriever:
         """Delete the documents from every retriever; what each of them answered."""
         kept = ids if isinstance(ids, str) else list(ids)
         return [retriever.delete(kept) for retriever in self.retrievers]
+
+    def save(self, directory: str | Path) -> None:
+        """Save each retriever in a folder of its own, 0, 1, …, and what joins them in hybrid.json; the reranker is not
+        saved. Raises UsageError where something is saved already."""
+        folder = Path(directory)
+        make_directory(folder)
+        for number, retriever in enumerate(self.retrievers):
+            retriever.save(folder / str(number))
+        kinds = [type(retriever).__name__ for retriever in self.retrievers]
+        joined = {"fusion": self.fusion, "weights": self.weights and list(self.weights), "depth": self.depth}
+        write_json(folder / SAVED, {"format": FORMAT, "retrievers": kinds, **joined})
+
+    @classmethod
+    def load(
+        cls,
+        directory: str | Path,
+        *,
+        kinds: Mapping[str, type[Retriever]] | None = None,
+        reranker: Reranker | str | None = "feedback",
+    ) -> HybridRetriever:
+        """What `save` saved. `kinds` names classes of your own: class name -> class.
+
+        Raises NanochatError when it is damaged or not there, UsageError for a newer format or an unknown class."""
+        path = Path(directory) / SAVED
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            version, names = saved["format"], saved["retrievers"]
+            joined = {key: saved[key] for key in ("fusion", "weights", "depth")}
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise NanochatError(f"no hybrid retriever at {directory}: {SAVED} cannot be read ({error!r})") from error
+        if version != FORMAT:
+            raise UsageError(f"{path} has format {version}; this nanochat reads {FORMAT}: update it")
+        known = dict(kinds or {})
+        if not known.keys() >= set(names):
+            known = {kind.__name__: kind for kind in _retrievers()} | known
+        missing = [name for name in names if name not in known]
+        if missing:
+            raise UsageError(f"{path} needs the class {missing[0]}: give it as kinds={{{missing[0]!r}: …}}")
+        retrievers = [known[name].load(path.parent / str(number)) for number, name in enumerate(names)]
+        return cls(retrievers, **joined, reranker=reranker)
+
+
+def _retrievers() -> Iterable[type[Retriever]]:
+    """The classes that come with nanochat; imported late, as some of them are made of this one."""
+    from nanochat.retrieval.retriever import RETRIEVERS
+
+    return RETRIEVERS.values()
 
 
 def fuse(founds: Sequence[Found], k: int, fusion: str = "weighted", weights: Sequence[float] | None = None) -> Found:
