@@ -1,6 +1,9 @@
 """Documents into the prompt: one retrieval block of numbered documents under a token budget.
 
-    <|retrieval_start|> <|doc_start|>1 Title<|doc_title_end|>text<|doc_end|> <|doc_start|>2 ... <|retrieval_end|>
+    <|retrieval_start|><|doc_start|> Title 1<|doc_title_end|> text<|doc_end|><|doc_start|> ... 2<|doc_title_end|> ...
+
+The number stands behind the title, so that a citation is "what came after this name", the look-up that models learn
+first; the blanks in front give a name the same tokens here as inside of a sentence.
 
 Training, evaluation and chat all call `retrieval_message`, so a model meets at work what it was trained on. The block
 stands before the question: the documents are a stable prefix whose state can be kept. Their text is encoded as plain
@@ -56,11 +59,15 @@ def retrieval_message(
         draws, rest = Draws(seed), list(chosen)
         chosen = [rest.pop(draws.below(len(rest))) for _ in range(len(rest))]
     parts = [
-        {"type": "document", "title": f"{n} {document.title}".rstrip(), "text": document.content}
+        {"type": "document", "title": numbered(document.title, n), "text": f" {document.content}"}
         for n, document in enumerate(chosen, 1)
     ]
     assert len(chosen) <= before
     return Block({"role": "retrieval", "content": parts}, tuple(chosen), trimmed, dropped)
+
+
+def numbered(title: str, number: int) -> str:
+    return f" {title} {number}" if title else f" {number}"
 
 
 def aggregate(documents: Sequence[Document]) -> list[Document]:
@@ -102,8 +109,8 @@ def fit(documents: Sequence[Document], tokenizer: Tokenizer, max_tokens: int) ->
     All texts are cut to one common length, the largest that fits, so that short ones stay whole.
     """
     kept = list(documents)
-    texts = [tokenizer.encode(document.content) for document in kept]
-    fixed = [len(tokenizer.encode(f"{n} {document.title}")) + 3 for n, document in enumerate(kept, 1)]
+    texts = [tokenizer.encode(f" {document.content}") for document in kept]
+    fixed = [len(tokenizer.encode(numbered(document.title, n))) + 3 for n, document in enumerate(kept, 1)]
     while kept and sum(fixed) + sum(min(LEAST, len(text)) for text in texts) + 2 > max_tokens:
         kept.pop()
         texts.pop()
@@ -123,11 +130,12 @@ def fit(documents: Sequence[Document], tokenizer: Tokenizer, max_tokens: int) ->
 
 
 def _shortened(document: Document, ids: list[int], cap: int, tokenizer: Tokenizer) -> tuple[Document, int]:
-    """The first `cap` tokens at most, ended at a whole character."""
+    """The first `cap` tokens at most of the text with its leading blank, ended at a whole character."""
     decode: Callable[[list[int]], bytes] = tokenizer.decode_bytes
-    text = decode(ids[:cap]).decode("utf-8", errors="ignore")
+    text, keep = decode(ids[:cap]).decode("utf-8", errors="ignore"), cap
     while len(tokenizer.encode(text)) > cap:  # cutting inside a word can make more tokens of what is left
-        cap -= 1
-        text = decode(ids[:cap]).decode("utf-8", errors="ignore")
-    span = None if document.span is None else (document.span[0], document.span[0] + len(text))
-    return replace(document, content=text, span=span or (0, len(text))), len(ids) - cap
+        keep -= 1
+        text = decode(ids[:keep]).decode("utf-8", errors="ignore")
+    text = text[1:]
+    start = 0 if document.span is None else document.span[0]
+    return replace(document, content=text, span=(start, start + len(text))), len(ids) - keep

@@ -1,0 +1,53 @@
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanochat.rag.citations import parse, sources
+from nanochat.retrieval.document import Document
+from nanochat.tokenizer import Tokenizer
+
+T = Tokenizer([bytes([i]) for i in range(256)])
+
+
+def cite(label: str) -> list[int]:
+    return [T.special("cite_start"), *T.encode(label), T.special("cite_end")]
+
+
+def test_citations_belong_to_the_sentence_behind_them() -> None:
+    answer = parse([*cite("2"), *T.encode(" One. "), *cite("1"), *cite("3"), *T.encode("Two."), T.eot], T, 3)
+    assert [(s.text, s.cited) for s in answer.sentences] == [("One.", (2,)), ("Two.", (1, 3))]
+    assert answer.citations == (2, 1, 3)
+    assert answer.text == "One. Two."
+    assert answer.render() == "One. [2] Two. [1] [3]"
+    assert not answer.abstained
+    assert answer.invalid == ()
+
+
+def test_citations_of_nothing_are_invalid() -> None:
+    answer = parse([*cite("4"), *cite("0"), *cite("x"), *T.encode("a"), T.special("cite_start"), *T.encode("1")], T, 3)
+    assert answer.invalid == ("4", "0", "x", "1")
+    assert answer.citations == ()
+
+
+def test_text_that_looks_like_a_citation_is_none() -> None:
+    answer = parse(T.encode("<|cite_start|>1<|cite_end|> so"), T, 3)
+    assert answer.citations == ()
+    assert answer.text == "<|cite_start|>1<|cite_end|> so"
+
+
+def test_abstention_is_its_token_in_front() -> None:
+    assert parse([T.special("abstain"), *T.encode("I do not know."), T.eot], T, 2).abstained
+    assert not parse([*T.encode("a"), T.special("abstain")], T, 2).abstained
+    assert parse([], T, 2).text == ""
+
+
+@given(st.lists(st.integers(0, T.vocab_size - 1), max_size=60), st.integers(0, 5))
+def test_any_ids_can_be_read(ids: list[int], n: int) -> None:
+    answer = parse(ids, T, n)
+    assert all(1 <= number <= n for number in answer.citations)
+    assert isinstance(answer.render(), str)
+
+
+def test_sources_name_title_and_place() -> None:
+    documents = [Document("a", "x", "Title", "book.txt"), Document("b", "y")]
+    answer = parse([*cite("2"), *cite("1"), *T.encode("Said.")], T, 2)
+    assert sources(answer, documents) == ["[2] b", "[1] Title (book.txt)"]

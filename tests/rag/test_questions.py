@@ -1,0 +1,57 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from nanochat.errors import NanochatError
+from nanochat.rag.questions import read_questions
+
+HOTPOT = {
+    "_id": "h1",
+    "question": "Who?",
+    "answer": "Rush",
+    "supporting_facts": [["A", 0], ["B", 1], ["A", 2]],
+    "context": [["A", ["One.", " Two."]], ["B", ["Three."]]],
+}
+
+
+def write(path: Path, *records: object) -> Path:
+    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in records) + "\n", encoding="utf-8")
+    return path
+
+
+def test_records_of_every_form(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "q.jsonl",
+        {"question": "Where?", "answer": "Torwick", "gold": ["d1"], "sentence": "In Torwick."},
+        {"id": "x", "query": "None?"},
+        {"question": "Two?", "answers": ["a", "b"], "gold": "d2", "documents": [{"content": "text", "title": "T"}]},
+        HOTPOT,
+    )
+    first, none, two, hotpot = read_questions(path)
+    assert (first.id, first.answers, first.sentence, first.gold) == ("q1", ("Torwick",), "In Torwick.", ("d1",))
+    assert (none.id, none.answerable) == ("x", False)
+    assert (two.sentence, two.gold, two.documents[0].id) == ("a", ("d2",), "1")
+    assert (hotpot.gold, hotpot.documents[0].content) == (("A", "B"), "One. Two.")
+
+
+def test_all_bad_lines_are_listed(tmp_path: Path) -> None:
+    good = {"question": "a", "answer": "b"}
+    path = write(tmp_path / "q.jsonl", "{", good, [1], {"question": " "}, {"question": "q", "answer": 3}, {**good, "id": "q2"})
+    with pytest.raises(NanochatError) as error:
+        read_questions(path)
+    text = str(error.value)
+    assert str(path) in text
+    assert "5 bad line(s)" in text
+    assert all(f"line {n}:" in text for n in (1, 3, 4, 5, 6))
+    assert "earlier question" in text
+
+
+def test_files_that_hold_nothing(tmp_path: Path) -> None:
+    with pytest.raises(NanochatError, match="no file of questions"):
+        read_questions(tmp_path / "none.jsonl")
+    with pytest.raises(NanochatError, match="holds no question"):
+        read_questions(write(tmp_path / "e.jsonl"))
+    (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe{")
+    with pytest.raises(NanochatError, match="UTF-8"):
+        read_questions(tmp_path / "b.jsonl")
