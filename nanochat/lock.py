@@ -18,21 +18,29 @@ log = logging.getLogger("nanochat")
 
 
 @contextlib.contextmanager
-def lock_file(path: Path) -> Iterator[None]:
+def lock_file(
+    path: Path,
+    wait: float = 0.0,
+    who: str = "another run",
+    if_busy: str = "wait for it, stop it, or choose another --run",
+    if_denied: str = "choose another --out_dir",
+) -> Iterator[None]:
     """Hold `path` (created with its directory), which then names the owner. Raises NanochatError when another process
-    holds it, or when it cannot be written."""
+    (`who`) still holds it after `wait` seconds, or when it cannot be written; `if_busy` and `if_denied` say what to do.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+")  # noqa: SIM115 - held while the lock is
     except OSError as error:
-        raise NanochatError(f"cannot write to {path.parent}: {error.strerror}; choose another --out_dir") from error
+        raise NanochatError(f"cannot write to {path.parent}: {error.strerror}; {if_denied}") from error
     with file:
-        if not _take(file.fileno()):
-            file.seek(0)
-            owner = file.read().strip() or "unknown process"
-            raise NanochatError(
-                f"another run is writing to {path.parent} ({owner}); wait for it, stop it, or choose another --run"
-            )
+        deadline = time.monotonic() + wait
+        while not _take(file.fileno()):
+            if time.monotonic() >= deadline:
+                file.seek(0)
+                owner = file.read().strip() or "unknown process"
+                raise NanochatError(f"{who} is writing to {path.parent} ({owner}); {if_busy}")
+            time.sleep(0.02)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         file.flush()

@@ -24,6 +24,7 @@ from nanochat.errors import NanochatError, UsageError
 
 FORMAT = 1
 NAME, BACKUP = "manifest.json", "manifest.backup.json"
+UNFINISHED = ("manifest.new", "manifest.spare")
 _HEAD, _MIDDLE, _TAIL = b'{"sha256":"', b'","manifest":', b"}\n"
 
 Files = dict[str, tuple[int, str]]  # path inside a directory -> size in bytes, SHA-256
@@ -104,10 +105,13 @@ class Manifest:
         why = "was compacted away" if gone else "does not exist yet"
         raise UsageError(f"version {number} {why}; the versions are {'... ' if len(self.versions) > 20 else ''}{held}")
 
+    def directories(self) -> dict[str, Files]:
+        """The files of each directory that it names."""
+        return {one.name: one.files for one in self.segments} | {one.name: one.files for one in self.generations}
+
     def paths(self) -> set[str]:
         """Everything beside the manifest that it needs: directories and files in the knowledge base."""
-        names = {segment.name for segment in self.segments} | {generation.name for generation in self.generations}
-        return names | ({self.removed[0]} if self.removed else set())
+        return set(self.directories()) | ({self.removed[0]} if self.removed else set())
 
 
 def read(directory: Path, name: str = NAME) -> Manifest:
@@ -182,7 +186,7 @@ def _dump(manifest: Manifest) -> bytes:
 def commit(directory: Path, manifest: Manifest) -> None:
     """Make `manifest` the state of the knowledge base. All that it names must have been fsynced. Raises OSError, and
     then nothing has changed."""
-    path, fresh, spare = directory / NAME, directory / "manifest.new", directory / "manifest.spare"
+    path, (fresh, spare) = directory / NAME, (directory / name for name in UNFINISHED)
     with open(fresh, "wb") as file:
         file.write(_dump(manifest))
         file.flush()

@@ -30,7 +30,8 @@ import numpy as np
 from nanochat.errors import NanochatError
 from nanochat.retrieval.document import Document
 from nanochat.retrieval.filters import Condition, field_values, matches, sql
-from nanochat.retrieval.manifest import fsync_directory
+from nanochat.retrieval.generation import describe
+from nanochat.retrieval.manifest import SegmentInfo, fsync_directory
 
 DATABASE = "documents.sqlite"
 _AT_ONCE = 500  # parameters of a query
@@ -72,7 +73,7 @@ class SegmentWriter:
         self.rows, self.counts = array("q"), array("q")
         self.ids, self.hashes = array("Q"), array("Q")
         self._keys: dict[str, int] = {}
-        self._connection = sqlite3.connect(directory / DATABASE, isolation_level=None)
+        self._connection = sqlite3.connect(directory.resolve() / DATABASE, isolation_level=None, uri=True)
         pragmas = "page_size=8192; journal_mode=OFF; synchronous=OFF; locking_mode=EXCLUSIVE; cache_size=-16000"
         for pragma in pragmas.split("; "):
             self._connection.execute(f"PRAGMA {pragma}").fetchall()
@@ -111,6 +112,10 @@ class SegmentWriter:
         self.counts.extend([document[1] for document in documents])
         self.hashes.extend([hash_content(document[3]) for document in documents])
         self.ids.extend(id_hashes)
+
+    def known(self, rows: Sequence[int]) -> dict[int, tuple[str, Known]]:
+        """As `Segment.known`, while it is being filled."""
+        return _known(self._connection, rows)
 
     def _key(self, name: str) -> int:
         if name not in self._keys:
@@ -165,8 +170,31 @@ class SegmentWriter:
             os.fsync(file.fileno())
         fsync_directory(self.directory)
 
+    def describe(self) -> SegmentInfo:
+        """What the manifest says of it, once it is finished."""
+        end = self.rows[-1] + self.counts[-1] - 1
+        return SegmentInfo(
+            self.directory.name, len(self), self.n_passages, self.rows[0], end, describe(self.directory)
+        )
+
     def close(self) -> None:
         self._connection.close()
+
+
+def merge(directory: Path, target: Path, names: Sequence[str], dead: np.ndarray) -> SegmentInfo | None:
+    """Several segments as a new one, without the documents whose first rows are in `dead` (sorted); None when nothing
+    is left."""
+    writer = SegmentWriter(target)
+    try:
+        for name in names:
+            with contextlib.closing(Segment(directory / name)) as segment:
+                writer.take(segment, dead)
+        if not len(writer):
+            return None
+        writer.finish()
+    finally:
+        writer.close()
+    return writer.describe()
 
 
 def _save(path: Path, values: np.ndarray) -> None:
@@ -209,6 +237,10 @@ class Segment:
     def close(self) -> None:
         self._connection.close()
 
+    def __del__(self) -> None:
+        if hasattr(self, "_connection"):
+            self._connection.close()
+
     # -- where things are ----------------------------------------------------------------------------------------------
 
     def places(self, rows: np.ndarray) -> np.ndarray:
@@ -239,11 +271,8 @@ class Segment:
 
     def known(self, rows: Sequence[int]) -> dict[int, tuple[str, Known]]:
         """First row -> id and what the writer needs, for documents of this segment."""
-        found: dict[int, tuple[str, Known]] = {}
-        for values in self._select("SELECT row, n, id, hash, source FROM documents WHERE row IN", rows):
-            row, n, id, hash, source = values
-            found[row] = id, Known(row, n, hash, source)
-        return found
+        with self._reading():
+            return _known(self._connection, rows)
 
     def fetch(self, rows: np.ndarray) -> dict[int, Document]:
         """Row -> the passage as a document, for rows of this segment; others are left out."""
@@ -321,12 +350,21 @@ class Segment:
         return np.array(sorted(rows), np.int64)
 
     def _select(self, query: str, rows: Sequence[int]) -> list[tuple[Any, ...]]:
-        found: list[tuple[Any, ...]] = []
         with self._reading():
-            for start in range(0, len(rows), _AT_ONCE):
-                part = rows[start : start + _AT_ONCE]
-                found += self._connection.execute(f"{query} ({', '.join('?' * len(part))})", part).fetchall()
-        return found
+            return _select(self._connection, query, rows)
+
+
+def _known(connection: sqlite3.Connection, rows: Sequence[int]) -> dict[int, tuple[str, Known]]:
+    columns = "SELECT row, n, id, hash, source FROM documents WHERE row IN"
+    return {row: (id, Known(row, n, h, source)) for row, n, id, h, source in _select(connection, columns, rows)}
+
+
+def _select(connection: sqlite3.Connection, query: str, rows: Sequence[int]) -> list[tuple[Any, ...]]:
+    found: list[tuple[Any, ...]] = []
+    for start in range(0, len(rows), _AT_ONCE):
+        part = rows[start : start + _AT_ONCE]
+        found += connection.execute(f"{query} ({', '.join('?' * len(part))})", part).fetchall()
+    return found
 
 
 def _look_up(table: np.ndarray, hashes: np.ndarray) -> list[tuple[int, int]]:

@@ -1,0 +1,462 @@
+"""KnowledgeBase: documents that can be searched, in a directory, with versions.
+
+    kb/manifest.json        what there is, and the commit point (manifest.py); manifest.backup.json is the one before
+    kb/seg-000012-0/        documents (store.py)
+    kb/gen-000012/bm25/     indexes (generation.py)
+    kb/removed-000012.npy   which passages which version removed (removed.py)
+    kb/vectors.staged       vectors of an ingestion that did not come to its end (staging.py)
+    kb/writer.lock          held by the one writer
+
+One process writes at a time; any number read, without locks, each its own version until `refresh`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+from tqdm import tqdm
+
+from nanochat.errors import UsageError
+from nanochat.retrieval import compaction, generation, manifest, verification
+from nanochat.retrieval.chunk import spans
+from nanochat.retrieval.document import Document, Embedder, Filter, Hit, Reranker, clean_text, content_hash
+from nanochat.retrieval.jsonl import file_list, read_documents
+from nanochat.retrieval.manifest import Manifest, Version
+from nanochat.retrieval.opening import (
+    analyser_settings,
+    check_analyser,
+    check_embedder,
+    check_new,
+    describe_embedder,
+    embedder_of,
+    failures,
+    make_directory,
+    new_settings,
+    open_view,
+    writer_lock,
+)
+from nanochat.retrieval.prepare import passage_texts
+from nanochat.retrieval.search import Query, run
+from nanochat.retrieval.staging import Staging
+from nanochat.retrieval.view import View
+from nanochat.retrieval.writer import Change, Writer
+
+LOCK_TIMEOUT = 10.0  # seconds that a second writer waits
+INDEXES = generation.INDEXES
+KINDS = generation.KINDS
+
+
+class KnowledgeBase:
+    """Made by `create`, opened by `open`. A context manager; `close` lets go of its files.
+
+    Threads may share one for searching. Raises UsageError for wrong arguments, NanochatError for what goes wrong."""
+
+    def __init__(
+        self,
+        path: Path,
+        view: View,
+        embedder: Embedder | None = None,
+        read_only: bool = False,
+        pinned: bool = False,
+        lock_timeout: float = LOCK_TIMEOUT,
+    ) -> None:
+        self.path = path
+        self.read_only = read_only
+        self.lock_timeout = lock_timeout
+        self._view = view
+        self._pinned = pinned  # a view of one version, which `refresh` leaves alone
+        self._embedder = embedder
+        self._lock = threading.RLock()
+        self._closed = False
+
+    # -- making and opening --------------------------------------------------------------------------------------------
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        *,
+        kind: str = "hybrid",
+        embedder: Embedder | str | None = None,
+        analyser: Any = None,
+        chunk_words: int = 200,
+        overlap_words: int = 40,
+        fusion: str = "weighted",
+        weights: Sequence[float] | None = None,
+        depth: int = 100,
+        index: dict[str, Any] | None = None,
+        lock_timeout: float = LOCK_TIMEOUT,
+    ) -> KnowledgeBase:
+        """Make an empty knowledge base in a directory that is new or empty.
+
+        `kind`: simple, bm25, dense or hybrid. `embedder` (dense, hybrid): one, or its name for `make_embedder`.
+        `analyser` (simple, bm25, hybrid): see Analyser.of. Documents of more than `chunk_words` words are cut into
+        passages that overlap by `overlap_words`; 0 keeps them whole. A hybrid fuses the best `depth` of both indexes
+        by `fusion` ("weighted" or "rrf") and `weights`. `index` holds further settings for the indexes."""
+        path = Path(path)
+        options = {"kind": kind, "chunk_words": chunk_words, "overlap_words": overlap_words, "index": dict(index or {})}
+        fused = {"fusion": fusion, "weights": list(weights) if weights else None, "depth": depth}
+        settings, made = new_settings(options, analyser, embedder, fused)
+        make_directory(path)
+        with writer_lock(path, lock_timeout), failures(f"creating {path}"):
+            check_new(path)
+            manifest.commit(path, Manifest(settings=settings, versions=(Version(0, time.time(), "created", 0, 0),)))
+        return cls.open(path, embedder=made, lock_timeout=lock_timeout)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        embedder: Embedder | str | None = None,
+        analyser: Any = None,
+        version: int | str | None = None,
+        read_only: bool = False,
+        lock_timeout: float = LOCK_TIMEOUT,
+    ) -> KnowledgeBase:
+        """Open a knowledge base; with `version`, a number or a tag, a read-only view of it.
+
+        The embedder is remembered by name, so that only one of your own must be given; another one than it was built
+        with is an error, and so is another analyser."""
+        path = Path(path)
+        settings = manifest.read(path).settings
+        made = check_embedder(path, settings, embedder)
+        check_analyser(path, settings, analyser)
+        view = open_view(path, version, None)
+        return cls(path, view, made, read_only or version is not None, version is not None, lock_timeout)
+
+    def at(self, version: int | str) -> KnowledgeBase:
+        """A read-only view of a version, by number or tag. Close it when done."""
+        self._check_open()
+        view = open_view(self.path, version, None)
+        return KnowledgeBase(self.path, view, self._embedder, read_only=True, pinned=True)
+
+    def refresh(self) -> bool:
+        """Move on to the newest version; whether there was a newer state."""
+        self._check_open()
+        if self._pinned:
+            return False
+        with self._lock:
+            if manifest.read(self.path).serial == self._view.manifest.serial:
+                return False
+            self._view = open_view(self.path, None, self._view)
+            return True
+
+    def close(self) -> None:
+        """Let go of the files; nothing can be done with it afterwards."""
+        if not self._closed:
+            self._closed = True
+            self._view.close()
+
+    def __enter__(self) -> KnowledgeBase:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        version = self._view.version
+        return f"<KnowledgeBase {self.path}: {self.kind}, version {version.number}, {version.documents:,} documents>"
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    @property
+    def kind(self) -> str:
+        """simple, bm25, dense or hybrid."""
+        return str(self._view.manifest.settings["kind"])
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What was fixed when it was created."""
+        return dict(self._view.manifest.settings)
+
+    @property
+    def version(self) -> int:
+        """The number of the version that is searched."""
+        return self._view.version.number
+
+    @property
+    def embedder(self) -> Embedder:
+        """The embedder of a dense or hybrid knowledge base; made at first use. Raises UsageError when it is one of
+        your own that was not given."""
+        if self._embedder is None:
+            described = self._view.manifest.settings.get("embedder")
+            if described is None:
+                raise UsageError(f"a knowledge base of kind {self.kind!r} has no embedder")
+            if described["spec"] is None:
+                raise UsageError(
+                    f"{self.path} was built with the embedder {described['name']!r} of your own: give it as `embedder`"
+                )
+            self._embedder = check_embedder(self.path, self._view.manifest.settings, described["spec"])
+            assert self._embedder is not None
+        return self._embedder
+
+    @overload  # a text is a sequence of texts too, and comes first
+    def search(  # type: ignore[overload-overlap]
+        self,
+        queries: str,
+        k: int = 5,
+        filter: Filter | None = None,
+        *,
+        mode: str | None = None,
+        normalize: bool | str = False,
+        unique: bool = False,
+        reranker: Reranker | None = None,
+        candidates: int = 50,
+    ) -> list[Hit]: ...
+    @overload
+    def search(
+        self,
+        queries: Sequence[str],
+        k: int = 5,
+        filter: Filter | None = None,
+        *,
+        mode: str | None = None,
+        normalize: bool | str = False,
+        unique: bool = False,
+        reranker: Reranker | None = None,
+        candidates: int = 50,
+    ) -> list[list[Hit]]: ...
+    def search(
+        self,
+        queries: str | Sequence[str],
+        k: int = 5,
+        filter: Filter | None = None,
+        *,
+        mode: str | None = None,
+        normalize: bool | str = False,
+        unique: bool = False,
+        reranker: Reranker | None = None,
+        candidates: int = 50,
+    ) -> list[Hit] | list[list[Hit]]:
+        """The best `k` passages for a query, or a list of them for each of several.
+
+        `filter`: see filters.py. `mode`: which index of a hybrid one to ask (default: all of them). `normalize`:
+        scores from 0 to 1 ("minmax", "max" or "rank"; True is "minmax"). `unique`: only the best passage of each
+        document. `reranker` judges the best `candidates` (or k, if that is more) again."""
+        self._check_open()
+        query = Query(k, filter, mode, normalize, unique, reranker, candidates)
+        if isinstance(queries, str):
+            return run(self._view, [queries], query, lambda: self.embedder)[0]
+        return run(self._view, queries, query, lambda: self.embedder)
+
+    def get(self, id: str) -> Document:
+        """The whole document with this id. Raises UsageError when there is none."""
+        self._check_open()
+        found = self._view.known([clean_text(id)]) if isinstance(id, str) else {}
+        if not found:
+            raise UsageError(f"no document {id!r} in version {self.version} of {self.path}")
+        [(segment, known)] = found.values()
+        return segment.whole(known.row)
+
+    def __contains__(self, id: object) -> bool:
+        return isinstance(id, str) and bool(self._view.known([clean_text(id)]))
+
+    def __len__(self) -> int:
+        return self._view.version.documents
+
+    def __bool__(self) -> bool:
+        return True  # an empty knowledge base is one
+
+    def documents(self) -> Iterator[Document]:
+        """All documents, whole, in the order in which they were added."""
+        self._check_open()
+        return self._view.documents()
+
+    def passages(self, document: Document) -> list[str]:
+        """The texts that this knowledge base would index and embed for a document."""
+        settings = self._view.manifest.settings
+        return passage_texts(document, spans(document.content, settings["chunk_words"], settings["overlap_words"]))
+
+    def versions(self) -> list[Version]:
+        """All versions that can be searched, oldest first, with their tags."""
+        self._check_open()
+        return self._view.manifest.version_list()
+
+    def stats(self) -> dict[str, Any]:
+        """Counts and sizes, as JSON values."""
+        self._check_open()
+        return verification.stats(self.path, self._view)
+
+    def verify(self) -> list[str]:
+        """Read every file and compare it with its checksum, and the files with each other: what is wrong, as
+        sentences. Waits for a writer to end."""
+        self._check_open()
+        if not os.access(self.path, os.W_OK):
+            return verification.problems(self.path)
+        with writer_lock(self.path, self.lock_timeout):
+            return verification.problems(self.path)
+
+    # -- changing ------------------------------------------------------------------------------------------------------
+
+    def add(self, documents: Iterable[Document], on_duplicate: str = "skip", on_error: str = "raise") -> Change:
+        """Add documents, all of them or none; one that is there already with the same content is left as it is.
+
+        A document with the title, content and metadata of another one is left out (on_duplicate="skip"), stored
+        ("keep"), or an error ("raise"). An id that is there with other content is an error: use `update`. With
+        on_error="skip" bad documents are counted and left out."""
+        return self._change(documents, False, on_duplicate, on_error)
+
+    def update(self, documents: Iterable[Document], on_error: str = "raise") -> Change:
+        """Add documents; where the id is there, replace its document. Of equal ids the last one counts."""
+        return self._change(documents, True, "keep", on_error)
+
+    def delete(self, ids: str | Iterable[str]) -> Change:
+        """Delete documents by their ids; those that are not there count as unchanged."""
+        names = [ids] if isinstance(ids, str) else list(ids)
+        with self._writing() as writer:
+            writer.remove(names)
+            if writer.counts["deleted"]:
+                writer.write((), False)
+            return self._commit(writer, _note("delete", writer))
+
+    def ingest(
+        self,
+        files: str | Path | Iterable[str | Path],
+        on_error: str = "raise",
+        commit_every: int = 200_000,
+        progress: bool = True,
+        update: bool = False,
+        on_duplicate: str = "skip",
+    ) -> Change:
+        """Add the documents of JSONL files (jsonl.py), a version for every `commit_every` of them.
+
+        When it was interrupted, call it again: what is there counts as unchanged, and vectors that were computed are
+        used. With `update` documents replace those of the same id."""
+        if commit_every < 1:
+            raise UsageError(f"commit_every must be 1 or more, not {commit_every}")
+        paths = file_list(files)
+        skipped: list[str] = []
+        total = Change(self.version)
+        size = sum(path.stat().st_size for path in paths)
+        with tqdm(total=size, unit="B", unit_scale=True, desc="ingest", disable=not progress) as bar:
+
+            def advance(n_bytes: int) -> None:
+                bar.update(n_bytes)
+
+            stream = read_documents(paths, on_error, skipped.append, advance)
+            while True:
+                part = itertools.islice(stream, commit_every)
+                first = next(part, None)
+                if first is None:
+                    break
+                names = f"ingest {', '.join(path.name for path in paths[:3])}"
+                total = total + self._change(itertools.chain([first], part), update, on_duplicate, on_error, names)
+                bar.set_postfix_str(f"{len(self):,} documents", refresh=False)
+        return total + Change(self.version, skipped=len(skipped))
+
+    def tag(self, name: str, version: int | str | None = None) -> None:
+        """Name a version (default: the newest), or move a name. `compact` keeps tagged versions."""
+        if not isinstance(name, str) or not name or name.isdigit():
+            raise UsageError(f"a tag is a text that is no number, not {name!r}")
+        with self._writing() as writer:
+            now = writer.manifest
+            tags = {**now.tags, clean_text(name): now.find(now.newest.number if version is None else version).number}
+            self._replace(now, tags=tags)
+
+    def untag(self, name: str) -> None:
+        """Take a name away. Raises UsageError when there is none such."""
+        with self._writing() as writer:
+            now = writer.manifest
+            now.find(name)
+            self._replace(now, tags={tag: number for tag, number in now.tags.items() if tag != name})
+
+    def compact(self, keep: int | Iterable[int | str] = 1) -> int:
+        """Forget all versions but the last `keep` (or those named), the newest and the tagged ones; delete what only
+        they held, and merge segments. Returns how many versions went. Readers keep what they have open."""
+        with self._writing() as writer:
+            before = len(writer.manifest.versions)
+            new = compaction.compact(writer, keep)
+            self._move_on(new)
+            return before - len(new.versions)
+
+    def reindex(self, analyser: Any = None, embedder: Embedder | str | None = None) -> None:
+        """Build all indexes anew from the documents, with another analyser or embedder if wished; also mends damaged
+        indexes. Versions stay."""
+        with self._writing() as writer:
+            settings = dict(writer.manifest.settings)
+            made: Embedder | None = self.embedder if "embedder" in settings else None
+            if embedder is not None:
+                if made is None:
+                    raise UsageError(f"a knowledge base of kind {self.kind!r} has no embedder")
+                made = embedder_of(embedder)
+                settings["embedder"] = describe_embedder(made, embedder)
+            if analyser is not None:
+                settings["analyser"] = analyser_settings(analyser)
+            new = compaction.reindex(writer, settings, generation.index_settings(settings), made)
+            self._embedder = made
+            self._move_on(new)
+
+    def stage(self, texts: Sequence[str], vectors: np.ndarray) -> None:
+        """Hand over vectors that were computed elsewhere, (n, dimension), for texts as `passages` gives them: adding
+        documents with these passages takes them instead of embedding."""
+        with self._writing(), failures(f"staging vectors in {self.path}"):
+            staging = Staging(self.path, self.embedder)
+            try:
+                staging.add([content_hash(text) for text in texts], vectors)
+            finally:
+                staging.close()
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UsageError(f"the knowledge base {self.path} was closed")
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[Writer]:
+        """A writer to the newest version, alone; what it wrote is deleted when the block fails."""
+        self._check_open()
+        if self.read_only:
+            raise UsageError(f"{self!r} is read-only; open {self.path} itself to change it")
+        with self._lock, writer_lock(self.path, self.lock_timeout), failures(f"writing to {self.path}"):
+            self.refresh()
+            generation.clean(self.path)
+            settings = self._view.manifest.settings
+            embedder = self.embedder if "embedder" in settings else None
+            kinds = generation.KINDS[settings["kind"]]
+            writer = Writer(self.path, self._view, kinds, generation.index_settings(settings), embedder)
+            try:
+                yield writer
+            except BaseException:
+                writer.abandon()
+                raise
+
+    def _change(
+        self, documents: Iterable[Document], update: bool, on_duplicate: str, on_error: str, note: str = ""
+    ) -> Change:
+        if isinstance(documents, Document):
+            documents = [documents]
+        with self._writing() as writer:
+            writer.write(documents, update, on_duplicate, on_error)
+            return self._commit(writer, note or _note("update" if update else "add", writer))
+
+    def _commit(self, writer: Writer, note: str) -> Change:
+        counts = writer.counts
+        if not (counts["added"] or counts["updated"] or counts["deleted"]):
+            writer.abandon()
+            return Change(self.version, **counts)
+        self._move_on(writer.commit(note))
+        return Change(self.version, **counts)
+
+    def _replace(self, now: Manifest, **changes: Any) -> None:
+        new = replace(now, serial=now.serial + 1, **changes)
+        manifest.commit(self.path, new)
+        self._move_on(new)
+
+    def _move_on(self, new: Manifest) -> None:
+        kinds, settings = generation.KINDS[new.settings["kind"]], generation.index_settings(new.settings)
+        self._view = View(self.path, new, new.newest, kinds, settings, self._view)
+
+
+def _note(what: str, writer: Writer) -> str:
+    return f"{what} {sum(writer.counts[name] for name in ('added', 'updated', 'deleted')):,}"
