@@ -126,7 +126,7 @@ def test_a_reranker_has_the_last_word():
 
 def test_the_default_reranker_finds_the_second_hop():
     documents = [
-        Document("film", "Selene film director Ada Quill"),
+        Document("film", "Selene film director Ada Quill of Tallinn"),
         Document("x0", "director born Oslo banking railway merger"),
         Document("x1", "director born Lima museum painting auction"),
         Document("x2", "director born Rome football season transfer"),

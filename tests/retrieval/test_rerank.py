@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from nanochat.errors import NanochatError, UsageError
 from nanochat.retrieval.document import Document, Hit
+from nanochat.retrieval.onnx_file import Graph
 from nanochat.retrieval.rerank import CrossEncoderReranker, FeedbackReranker, make_reranker, rerank
 
 WORDS = ["moon", "air", "dust", "rock", "water", "ice", "sun", "light"]
@@ -159,8 +160,7 @@ def test_cross_encoder_of_sentence_transformers(tiny):
 
 @pytest.mark.parametrize("classes", [1, 2, 3])
 def test_cross_encoder_in_onnx(tmp_path, classes):
-    """The model sums what it is given: (tokens, those of the document, padding excluded) through a matrix."""
-    onnx = pytest.importorskip("onnx")
+    """The model sums tokens, those of the document, and those that are no padding, and multiplies by a matrix."""
     pytest.importorskip("onnxruntime")
     tokenizers = pytest.importorskip("tokenizers")
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
@@ -170,35 +170,18 @@ def test_cross_encoder_in_onnx(tmp_path, classes):
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    helper, kind = onnx.helper, onnx.TensorProto
     matrix = np.arange(1, 3 * classes + 1, dtype=np.float32).reshape(3, classes)
-    names = ["input_ids", "token_type_ids", "attention_mask"]
-    nodes = [
-        node
-        for name in names
-        for node in (
-            helper.make_node("Mul", [name, "attention_mask"], [f"{name}_kept"]),
-            helper.make_node("Cast", [f"{name}_kept"], [f"{name}_real"], to=kind.FLOAT),
-            helper.make_node("ReduceSum", [f"{name}_real", "axis"], [f"{name}_sum"], keepdims=1),
-        )
-    ]
-    nodes += [
-        helper.make_node("Concat", [f"{name}_sum" for name in names], ["features"], axis=1),
-        helper.make_node("MatMul", ["features", "matrix"], ["logits"]),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "sums",
-        [helper.make_tensor_value_info(name, kind.INT64, ["batch", "length"]) for name in names],
-        [helper.make_tensor_value_info("logits", kind.FLOAT, ["batch", classes])],
-        [
-            helper.make_tensor("axis", kind.INT64, [1], [1]),
-            helper.make_tensor("matrix", kind.FLOAT, matrix.shape, matrix.ravel().tolist()),
-        ],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    graph = Graph()
+    mask = graph.input("attention_mask", "int64", ["batch", "length"])
+    sums = []
+    for name in ("input_ids", "token_type_ids", "attention_mask"):
+        value = name if name == mask else graph.input(name, "int64", ["batch", "length"])
+        kept = graph.node("Cast", graph.node("Mul", value, mask), to=1)
+        sums.append(graph.node("ReduceSum", kept, graph.constant([1], "int64"), keepdims=1))
+    graph.node("MatMul", graph.node("Concat", *sums, axis=1), graph.constant(matrix), name="logits")
+    graph.output("logits", "float32", ["batch", classes])
     (tmp_path / "onnx").mkdir()
-    onnx.save(model, str(tmp_path / "onnx" / "model.onnx"))
+    (tmp_path / "onnx" / "model.onnx").write_bytes(graph.serialize())
     judge = CrossEncoderReranker(tmp_path, batch_size=2)
     documents = [Document(str(i), text) for i, text in enumerate(CONTENTS)]
     if classes == 3:
