@@ -38,7 +38,7 @@ def is_right(
     item of a list ("oboe or harp"), unless that sentence says so too. Where the question itself holds the answer ("Is A
     larger or B?") and for yes and no, the text has to begin with it.
     """
-    if any(exact_match(text, gold) for gold in (*answers, *sentences)):
+    if any(_same(text, gold) for gold in (*answers, *sentences)):
         return True
     return any(restates(text, gold, question, (*sentences, *evidence)) for gold in answers)
 
@@ -53,10 +53,18 @@ def restates(text: str, gold: str, question: str, evidence: Sequence[str] = ()) 
         return False
     rest = _without(text, gold)
     sources = [s for s in evidence if contains_answer(s, gold)]
-    return any(_adds_nothing(rest, question, source) for source in ("", *sources))
+    may_list = inner in ("yes", "no")  # "Yes, both are …"
+    return any(_adds_nothing(rest, question, source, may_list) for source in ("", *sources))
 
 
-def _adds_nothing(rest: str, question: str, source: str) -> bool:
+def _same(text: str, gold: str) -> bool:
+    """Equal after normalisation, or as they stand where that leaves nothing: "A" is an article too."""
+    if not normalize_answer(gold):
+        return bool(gold.strip()) and text.strip().lower() == gold.strip().lower()
+    return exact_match(text, gold)
+
+
+def _adds_nothing(rest: str, question: str, source: str, may_list: bool) -> bool:
     """`rest`: the text with its gold answer replaced by a mark."""
     known = {word.lower() for word in _WORD.findall(f"{question} {source}")}
     if any(name.lower() not in known for name in names(rest)):
@@ -64,7 +72,7 @@ def _adds_nothing(rest: str, question: str, source: str) -> bool:
     said = {word.lower() for word in _WORD.findall(rest)}
     if any(word in said and word not in known for word in _NEGATIONS):
         return False
-    listed = _LISTED.search(rest) is not None
+    listed = not may_list and _LISTED.search(rest) is not None
     return not listed or (bool(source) and said <= known)
 
 
@@ -102,6 +110,9 @@ def answer_f1(text: str, answers: Sequence[str], *, question: str = "", sentence
     best = 0.0
     for gold in (*answers, *sentences):
         wanted = normalize_answer(gold).split()
+        if not wanted:
+            best = max(best, float(_same(text, gold)))
+            continue
         added = [token for token in tokens if token in wanted or token not in asked]
         best = max(best, token_f1(tokens, wanted), token_f1(added, wanted))
     return best
