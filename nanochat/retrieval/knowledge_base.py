@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -36,6 +35,7 @@ from nanochat.retrieval.opening import (
     check_analyser,
     check_embedder,
     check_new,
+    copy_files,
     describe_embedder,
     embedder_of,
     failures,
@@ -291,10 +291,16 @@ class KnowledgeBase:
         """Read every file and compare it with its checksum, and the files with each other: what is wrong, as
         sentences. Waits for a writer to end."""
         self._check_open()
-        if not os.access(self.path, os.W_OK):
+        with writer_lock(self.path, self.lock_timeout, to_read=True):
             return verification.problems(self.path)
-        with writer_lock(self.path, self.lock_timeout):
-            return verification.problems(self.path)
+
+    def copy(self, directory: str | Path) -> None:
+        """Copy what is there, with all versions, to a directory that is new or empty: a backup."""
+        self._check_open()
+        target = Path(directory)
+        make_directory(target)
+        with writer_lock(self.path, self.lock_timeout, to_read=True), failures(f"copying {self.path}"):
+            copy_files(self.path, manifest.read(self.path), target)
 
     # -- changing ------------------------------------------------------------------------------------------------------
 

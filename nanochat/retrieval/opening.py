@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping
@@ -96,6 +98,19 @@ def check_new(path: Path) -> None:
         raise UsageError(f"{path} is not empty: choose another directory for the knowledge base")
 
 
+def copy_files(path: Path, now: manifest.Manifest, target: Path) -> None:
+    """Copy what a manifest names, and then the manifest itself."""
+    names = [f"{folder}/{name}" for folder, files in now.directories().items() for name in files]
+    for name in names + ([now.removed[0]] if now.removed else []):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        with open(path / name, "rb") as source, open(target / name, "wb") as copy:
+            shutil.copyfileobj(source, copy, 1 << 20)
+            copy.flush()
+            os.fsync(copy.fileno())
+        manifest.fsync_directory((target / name).parent)
+    manifest.commit(target, now)
+
+
 def embedder_of(embedder: Embedder | str | None) -> Embedder:
     from nanochat.retrieval.embed import make_embedder
 
@@ -130,7 +145,10 @@ def check_analyser(path: Path, settings: Any, analyser: Any) -> None:
         )
 
 
-def writer_lock(path: Path, wait: float) -> contextlib.AbstractContextManager[None]:
+def writer_lock(path: Path, wait: float, to_read: bool = False) -> contextlib.AbstractContextManager[None]:
+    """Alone with a knowledge base; `to_read`: not needed where nobody can write."""
+    if to_read and not os.access(path, os.W_OK):
+        return contextlib.nullcontext()
     return lock_file(
         path / LOCK, wait, "another process", "wait for it to end, and try again", "make the directory writable"
     )
