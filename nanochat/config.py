@@ -6,6 +6,7 @@
   functions and classes are ignored; any other name must be a field. Several files apply in order.
 - `--key value`, `--key=value`, `-` and `_` all parse. Booleans: `--flag`, `--no-flag`, `--flag false`, `--flag=1`.
 - Lists: repeat the flag, or give several values after it. Commas do not split: they belong to the value.
+- A command may name `positional` fields, for the words that belong to no flag; it then takes no config files.
 - Every field has a default and, as its help, the docstring below it.
 
 Every mistake is a UsageError (exit code 2) that names the flag or the file and line, with the nearest known name.
@@ -47,18 +48,27 @@ class Parsed(NamedTuple, Generic[C]):
     ignored: dict[str, Any]
 
 
-def parse(config_class: type[C], argv: Sequence[str] | None = None, prog: str | None = None) -> C:
+def parse(
+    config_class: type[C],
+    argv: Sequence[str] | None = None,
+    prog: str | None = None,
+    positional: Sequence[str] = (),
+) -> C:
     """The configuration that a command line asks for. `--help` prints every field and exits. Raises UsageError."""
-    return parse_with_sources(config_class, argv, prog).config
+    return parse_with_sources(config_class, argv, prog, positional=positional).config
 
 
 def parse_with_sources(
-    config_class: type[C], argv: Sequence[str] | None = None, prog: str | None = None, ignore: Collection[str] = ()
+    config_class: type[C],
+    argv: Sequence[str] | None = None,
+    prog: str | None = None,
+    ignore: Collection[str] = (),
+    positional: Sequence[str] = (),
 ) -> Parsed[C]:
     """As `parse`, and says where values came from. `ignore`: names that files may set without being fields here, for a
     file that several commands share."""
     assert is_dataclass(config_class)
-    files, flags, wants_help = _split(config_class, list(sys.argv[1:] if argv is None else argv))
+    files, flags, wants_help = _split(config_class, list(sys.argv[1:] if argv is None else argv), positional)
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     ignored: dict[str, Any] = {}
@@ -71,7 +81,7 @@ def parse_with_sources(
             sources[name] = f"{file}:{line}"
     default = _with_values(config_class, values)
     if wants_help:
-        _help(config_class, default, prog)
+        _help(config_class, default, prog, positional)
     sources |= {name: f"--{name}" for name in flags}
     return Parsed(_apply(config_class, default, flags), sources, ignored)
 
@@ -110,10 +120,13 @@ def read_file(path: str | Path) -> dict[str, tuple[Any, int]]:
 # ---- flags
 
 
-def _split(config_class: type, argv: list[str]) -> tuple[list[str], dict[str, list[str]], bool]:
+def _split(
+    config_class: type, argv: list[str], positional: Sequence[str] = ()
+) -> tuple[list[str], dict[str, list[str]], bool]:
     """Config files, values by flag (checked for name and number, not yet for type), and whether help is wanted."""
     hints = _hints(config_class)
     files: list[str] = []
+    words: list[str] = []
     flags: dict[str, list[str]] = {}
     rest = argv[::-1]
     while rest:
@@ -121,6 +134,9 @@ def _split(config_class: type, argv: list[str]) -> tuple[list[str], dict[str, li
         if token in ("-h", "--help"):
             return files, flags, True
         if not token.startswith("--"):
+            if positional:
+                words.append(token)
+                continue
             if not token.endswith(".py"):
                 raise UsageError(f"unexpected argument {token!r}: expected a config file (*.py) or a --flag")
             files.append(token)
@@ -140,7 +156,9 @@ def _split(config_class: type, argv: list[str]) -> tuple[list[str], dict[str, li
             flags[name] = ["False" if negated else _boolean(name, value or "true", hints[name])]
         elif _is_list(hints[name]):
             given = [value] if equals and value else []
-            while not equals and rest and not rest[-1].startswith("--") and not rest[-1].endswith(".py"):
+            while not equals and rest and not rest[-1].startswith("--"):
+                if rest[-1].endswith(".py") and not positional:
+                    break
                 given.append(rest.pop())
             flags[name] = flags.get(name, []) + given
         else:
@@ -149,12 +167,21 @@ def _split(config_class: type, argv: list[str]) -> tuple[list[str], dict[str, li
                     raise UsageError(f"--{name} needs a value ({_type_name(hints[name])})")
                 value = rest.pop()
             flags[name] = [value]
+    for name in positional:
+        if words and name not in flags:
+            n = len(words) if _is_list(hints[name]) else 1
+            flags[name], words = words[:n], words[n:]
+    if words:
+        raise UsageError(f"unexpected argument {words[0]!r}; --help shows how to call it")
     return files, flags, False
 
 
 def _apply(config_class: type[C], default: C, flags: dict[str, list[str]]) -> C:
     """tyro turns the texts into values. When it refuses, each flag is tried alone to name the one at fault."""
     hints = _hints(config_class)
+    for name in [name for name in flags if hints[name] == tuple[str, ...]]:  # tyro would take "-x" for a flag
+        object.__setattr__(default, name, tuple(flags[name]))
+    flags = {name: values for name, values in flags.items() if hints[name] != tuple[str, ...]}
 
     def arguments(name: str) -> list[str]:
         if _is_list(hints[name]):
@@ -194,9 +221,10 @@ def _tyro(config_class: type[C], default: C, arguments: list[str]) -> C:
             raise _Refused(error.__context__) from None
 
 
-def _help(config_class: type, default: Any, prog: str | None) -> None:
+def _help(config_class: type, default: Any, prog: str | None, positional: Sequence[str]) -> None:
     about = inspect.cleandoc(config_class.__doc__ or "")
-    about += "\n\nConfig files (configs/x.py, plain assignments) may stand among the flags; flags override them."
+    if not positional:
+        about += "\n\nConfig files (configs/x.py, plain assignments) may stand among the flags; flags override them."
     tyro.cli(config_class, args=["--help"], default=default, prog=prog, description=about, use_underscores=True)
 
 

@@ -244,3 +244,39 @@ def test_differences() -> None:
     assert config.differences(saved, Settings()) == {}
     assert config.differences(saved, Settings(depth=6)) == {"depth": (4, 6)}
     assert config.differences(saved, {"depth": 5}, ["depth"]) == {"depth": (4, 5)}
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """Search a thing."""
+
+    place: str = ""
+    """where"""
+    words: tuple[str, ...] = ()
+    """what for"""
+    k: int = 5
+    """how many"""
+
+
+def search(*argv: str) -> SearchSettings:
+    return config.parse(SearchSettings, list(argv), positional=("place", "words"))
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["here", "a.py", "-b", "--k", "3"],
+        ["--k=3", "here", "a.py", "-b"],
+        ["here", "--k", "3", "a.py", "-b"],
+        ["a.py", "-b", "--k", "3", "--place", "here"],
+        ["here", "--k", "3", "--words", "a.py", "-b"],
+    ],
+)
+def test_positional_words_fill_their_fields_in_order(argv: list[str]) -> None:
+    assert search(*argv) == SearchSettings("here", ("a.py", "-b"), 3)
+
+
+def test_a_positional_word_too_many() -> None:
+    with pytest.raises(UsageError, match="unexpected argument 'there'; --help"):
+        config.parse(SearchSettings, ["here", "there"], positional=("place",))
+    assert search() == SearchSettings()
