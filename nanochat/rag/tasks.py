@@ -51,16 +51,24 @@ class RagWorld:
 
     Every context comes from a world of its own (seeds from `seed` on), so that nothing can be known by heart. It holds
     one to `documents` documents. `absent`: share of the questions that the documents do not answer: about somebody
-    else, or about something that no document states.
+    else, or about something that no document states. `facts` > 0 cuts documents to so many sentences and takes them
+    from entities of one kind: then only the names tell them apart, which is the look-up that takes longest to learn.
     """
 
     eval_type = "generative"
 
     def __init__(
-        self, seed: int = 0, n: int = 100_000, documents: int = 3, questions: int = 6, absent: float = 0.15
+        self,
+        seed: int = 0,
+        n: int = 100_000,
+        documents: int = 3,
+        questions: int = 6,
+        absent: float = 0.15,
+        facts: int = 0,
     ) -> None:
         self.seed, self.n, self.n_documents, self.n_questions, self.absent = seed, n, documents, questions, absent
-        self.name = f"rag-world-{documents}"
+        self.facts = facts
+        self.name = f"rag-world-{documents}" + (f"x{facts}" if facts else "")
 
     def __len__(self) -> int:
         return self.n
@@ -70,16 +78,16 @@ class RagWorld:
         draws = Draws(mix(mix(0x4A6, self.seed), i))
         world = World(draws.bits() >> 8, 10, 200)
         pool = world.pool("new")
-        n_documents = 1 + draws.below(self.n_documents)
-        shown: list[int] = []
-        while len(shown) < n_documents:
-            entity = pool[draws.below(len(pool))]
-            if entity not in shown:
-                shown.append(entity)
-        documents = [as_document(world.document(e, draws.bits() % VAL_WORDING)) for e in shown]
+        entities = self.entities(world, pool, draws)
+        stated: list[list[str]] = []
+        documents: list[Document] = []
+        for entity in entities:
+            relations, document = self.document(world, entity, draws)
+            stated.append(relations)
+            documents.append(document)
         messages: list[dict[str, Any]] = [retrieval_message(documents).message]
         for _ in range(self.n_questions):
-            question, number = self.ask(world, pool, shown, draws)
+            question, number = self.ask(world, pool, entities, stated, draws)
             answer = cited_answer([number], question.sentence) if number else abstention()
             messages += [{"role": "user", "content": question.text}, {"role": "assistant", "content": answer}]
         return {
@@ -89,20 +97,41 @@ class RagWorld:
             "gold_numbers": [number] if number else [],
         }
 
-    def ask(self, world: World, pool: range, shown: list[int], draws: Draws) -> tuple[Question, int]:
+    def entities(self, world: World, pool: range, draws: Draws) -> list[int]:
+        """Different entities, at most `documents` of them."""
+        n = 1 + draws.below(self.n_documents)
+        kind = world.entity(draws.choice(pool)).kind if self.facts else None
+        shown: list[int] = []
+        while len(shown) < n:
+            entity = draws.choice(pool)
+            if entity not in shown and (kind is None or world.entity(entity).kind == kind):
+                shown.append(entity)
+        return shown
+
+    def document(self, world: World, entity: int, draws: Draws) -> tuple[list[str], Document]:
+        """The relations that a document states, and the document."""
+        wording = draws.bits() % VAL_WORDING
+        record = world.document(entity, wording)
+        statements = list(world.statements(entity, wording).items())
+        if self.facts:
+            first = draws.below(max(1, len(statements) - self.facts + 1))
+            statements = statements[first : first + self.facts]
+            record["content"] = " ".join(sentence for _, sentence in statements)
+        return [relation for relation, _ in statements], as_document(record)
+
+    def ask(
+        self, world: World, pool: range, shown: list[int], stated: list[list[str]], draws: Draws
+    ) -> tuple[Question, int]:
         """A question, and the number of the document that answers it (0: none)."""
         kind = draws.below(1000)
         if kind < 400 * self.absent:
             return world.unstated(draws.choice(shown), draws.bits()), 0
         if kind < 1000 * self.absent:
-            while (entity := pool[draws.below(len(pool))]) in shown:
+            while (entity := draws.choice(pool)) in shown:
                 pass
-            number = 0
-        else:
-            number = 1 + draws.below(len(shown))
-            entity = shown[number - 1]
-        relation = draws.choice(list(world.entity(entity).facts))
-        return world.question(entity, (relation,), draws.bits()), number
+            return world.question(entity, (draws.choice(list(world.entity(entity).facts)),), draws.bits()), 0
+        place = draws.below(len(shown))
+        return world.question(shown[place], (draws.choice(stated[place]),), draws.bits()), place + 1
 
     def evaluate(self, conversation: dict[str, Any], completion: str) -> bool:
         """See `judge`."""

@@ -37,7 +37,8 @@ def test_records_of_every_form(tmp_path: Path) -> None:
 
 def test_all_bad_lines_are_listed(tmp_path: Path) -> None:
     good = {"question": "a", "answer": "b"}
-    path = write(tmp_path / "q.jsonl", "{", good, [1], {"question": " "}, {"question": "q", "answer": 3}, {**good, "id": "q2"})
+    bad = [[1], {"question": " "}, {"question": "q", "answer": 3}, {**good, "id": "q2"}]
+    path = write(tmp_path / "q.jsonl", "{", good, *bad)
     with pytest.raises(NanochatError) as error:
         read_questions(path)
     text = str(error.value)

@@ -103,7 +103,7 @@ def test_retrieved_documents_hold_the_gold_or_the_answer_abstains() -> None:
 
 
 def test_a_gold_document_that_is_not_found_takes_the_last_place() -> None:
-    questions, shelf = questions_and_shelf()
+    _, shelf = questions_and_shelf()
     hidden = RagQuestion("h", "nothing like it", ("shade7",), "It is shade7.", ("d7",))
     kept = Retrieved([hidden], shelf, top_k=3, keep_gold=True)[0]
     assert not kept["abstain"]
