@@ -1,0 +1,414 @@
+"""MilvusKnowledgeBase: a knowledge base beyond one machine, with the interface of KnowledgeBase, over a Milvus cluster.
+
+    kb = MilvusKnowledgeBase.create("http://milvus:19530", collection="facts", kind="hybrid", embedder="minilm-int8")
+    kb.add([Document("moon", "The Moon has no air.")])
+    kb.search("air on the moon", k=3, filter={"lang": "en"})
+
+Milvus holds the vectors, ranks terms by BM25 (its built-in function; the analyser is ours) and fuses both by reciprocal
+rank. What it does otherwise than the local knowledge base:
+
+- the lock of a writer that was killed on another machine must be broken by hand;
+- BM25 counts words over the passages of all versions, and in each segment or shard for itself: scores differ a little;
+- a dense search is as exact as the cluster's index; dense_index="FLAT" makes it exact;
+- `verify` compares documents with their hashes; bits in files are Milvus's own to check;
+- `reindex` is not offered: an index is the cluster's, and another embedder needs another collection;
+- one search gives at most 16,384 passages; an id, a title, a document's metadata at most 65,535 bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+from tqdm import tqdm
+
+from nanochat.errors import UsageError
+from nanochat.retrieval.analysis import Analyser
+from nanochat.retrieval.document import Document, Embedder, Filter, Hit, Reranker, clean_text, content_hash
+from nanochat.retrieval.filters import check
+from nanochat.retrieval.jsonl import file_list, read_documents
+from nanochat.retrieval.manifest import Version
+from nanochat.retrieval.milvus_check import problems, whole_documents
+from nanochat.retrieval.milvus_client import Connection, History, WriterLock, staging_directory
+from nanochat.retrieval.milvus_rows import Shape, any_of, indexes, key_of, passages, schema, visible
+from nanochat.retrieval.milvus_search import Searcher, answer
+from nanochat.retrieval.milvus_writer import MilvusWriter
+from nanochat.retrieval.opening import check_analyser, check_embedder, new_settings
+from nanochat.retrieval.search import Query
+from nanochat.retrieval.staging import Staging
+from nanochat.retrieval.writer import Change
+
+FORMAT = 1
+KINDS = ("bm25", "dense", "hybrid")
+LOCK_TIMEOUT = 60.0  # seconds that a second writer waits
+
+
+class MilvusKnowledgeBase:
+    """Made by `create`, opened by `open`. A context manager; `close` ends the connection.
+
+    It reads one version until `refresh`; a change moves it on. One writer at a time: a second waits. Raises UsageError
+    for wrong arguments, NanochatError for what goes wrong."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        collection: str,
+        settings: Mapping[str, Any],
+        version: Version,
+        embedder: Embedder | None = None,
+        read_only: bool = False,
+        pinned: bool = False,
+        owns: bool = True,
+    ) -> None:
+        self._call, self.collection, self.settings, self._version = connection, collection, dict(settings), version
+        self.read_only, self._pinned, self._embedder = read_only, pinned, embedder
+        self._owns = owns  # the connection
+        self.lock_timeout = LOCK_TIMEOUT
+        self.staging = staging_directory(connection.uri, collection)  # vectors of an ingestion that is under way
+        self._history = History(connection, collection)
+        self._shape = _shape(settings)
+
+    # -- making and opening --------------------------------------------------------------------------------------------
+
+    @classmethod
+    def create(
+        cls,
+        uri: str,
+        *,
+        collection: str = "knowledge",
+        kind: str = "hybrid",
+        embedder: Embedder | str | None = None,
+        analyser: Any = None,
+        chunk_words: int = 200,
+        overlap_words: int = 40,
+        fusion: str = "rrf",
+        weights: Sequence[float] | None = None,
+        depth: int = 100,
+        dense_index: str | None = None,
+        token: str = "",
+        database: str = "",
+    ) -> MilvusKnowledgeBase:
+        """Make an empty knowledge base at http(s)://host:port, or in a local file that ends in .db (milvus-lite).
+
+        `fusion`: "rrf" (Milvus fuses; with `weights` the client does) or "weighted" (the client does). `dense_index`:
+        Milvus's name of an index, "FLAT" (exact; what a local file gets), "HNSW", "IVF_SQ8", "DISKANN" or "AUTOINDEX"
+        (what a cluster gets). The rest as in KnowledgeBase.create. Raises UsageError for a collection that exists."""
+        if kind not in KINDS:
+            raise UsageError(f"unknown kind of knowledge base in Milvus {kind!r}: choose from {', '.join(KINDS)}")
+        if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]{0,239}", collection):
+            raise UsageError(f"collection {collection!r}: a letter, then letters, digits and underscores, at most 240")
+        options = {"format": FORMAT, "kind": kind, "chunk_words": chunk_words, "overlap_words": overlap_words}
+        fused = {"fusion": fusion, "weights": list(weights) if weights else None, "depth": depth}
+        settings, made = new_settings(options, analyser, embedder, fused)
+        with Connection(uri, token, database).closed_on_error() as connection:
+            history, shape = History(connection, collection), _shape(settings)
+            if history.exists or connection("has_collection", collection):
+                raise UsageError(f"collection {collection!r} exists at {uri}: open it, or choose another name")
+            connection.create(collection, schema(shape), indexes(shape, dense_index, connection.local))
+            history.create(settings)
+            return cls(connection, collection, settings, history.find(None), made)
+
+    @classmethod
+    def open(
+        cls,
+        uri: str,
+        *,
+        collection: str = "knowledge",
+        embedder: Embedder | str | None = None,
+        analyser: Any = None,
+        version: int | str | None = None,
+        read_only: bool = False,
+        token: str = "",
+        database: str = "",
+    ) -> MilvusKnowledgeBase:
+        """Open a knowledge base; with `version`, a number or a tag, a read-only view of it. Another embedder or
+        analyser than it was built with is an error, and so is a newer format."""
+        with Connection(uri, token, database).closed_on_error() as connection:
+            history = History(connection, collection)
+            if not history.exists:
+                raise UsageError(f"no knowledge base {collection!r} at {uri}; `create` makes one")
+            for name in (collection, history.collection):
+                connection("load_collection", name)
+            settings = history.settings()
+            if settings["format"] > FORMAT:
+                raise UsageError(f"{collection!r} at {uri} has format {settings['format']}: install a newer nanochat")
+            where = Path(f"{uri} {collection}")
+            made = check_embedder(where, settings, embedder)
+            check_analyser(where, settings, analyser)
+            pinned = version is not None
+            return cls(connection, collection, settings, history.find(version), made, read_only or pinned, pinned)
+
+    def at(self, version: int | str) -> MilvusKnowledgeBase:
+        """A read-only view of a version, by number or tag, over the same connection."""
+        found = self._history.find(version)
+        return MilvusKnowledgeBase(self._call, self.collection, self.settings, found, self._embedder, True, True, False)
+
+    def refresh(self) -> bool:
+        """Move on to the newest version; whether there was a newer state."""
+        before = self._version
+        if not self._pinned:
+            self._version = self._history.find(None)
+        return self._version != before
+
+    def close(self) -> None:
+        """End the connection, which the views made by `at` use too; closing one of those does nothing."""
+        if self._owns:
+            self._call.close()
+
+    def __enter__(self) -> MilvusKnowledgeBase:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<MilvusKnowledgeBase {self._place}: {self.kind}, version {self.version}, {len(self):,} documents>"
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    @property
+    def kind(self) -> str:
+        """bm25, dense or hybrid."""
+        return str(self.settings["kind"])
+
+    @property
+    def version(self) -> int:
+        """The number of the version that is searched."""
+        return self._version.number
+
+    @property
+    def _place(self) -> str:
+        return f"{self._call.uri} {self.collection}"
+
+    @property
+    def embedder(self) -> Embedder:
+        """The embedder of a dense or hybrid knowledge base; made at first use. Raises UsageError when it is one of
+        your own that was not given."""
+        if self._embedder is None:
+            described = self.settings.get("embedder")
+            if described is None:
+                raise UsageError(f"a knowledge base of kind {self.kind!r} has no embedder")
+            if described["spec"] is None:
+                name = repr(described["name"])
+                raise UsageError(f"{self._place} was built with the embedder {name} of your own: give it as `embedder`")
+            self._embedder = check_embedder(Path(self._place), self.settings, described["spec"])
+            assert self._embedder is not None
+        return self._embedder
+
+    @overload  # a text is a sequence of texts too, and comes first
+    def search(  # type: ignore[overload-overlap]
+        self,
+        queries: str,
+        k: int = 5,
+        filter: Filter | None = None,
+        *,
+        mode: str | None = None,
+        normalize: bool | str = False,
+        unique: bool = False,
+        reranker: Reranker | None = None,
+        candidates: int = 50,
+    ) -> list[Hit]: ...
+    @overload
+    def search(
+        self,
+        queries: Sequence[str],
+        k: int = 5,
+        filter: Filter | None = None,
+        *,
+        mode: str | None = None,
+        normalize: bool | str = False,
+        unique: bool = False,
+        reranker: Reranker | None = None,
+        candidates: int = 50,
+    ) -> list[list[Hit]]: ...
+    def search(
+        self,
+        queries: str | Sequence[str],
+        k: int = 5,
+        filter: Filter | None = None,
+        *,
+        mode: str | None = None,
+        normalize: bool | str = False,
+        unique: bool = False,
+        reranker: Reranker | None = None,
+        candidates: int = 50,
+    ) -> list[Hit] | list[list[Hit]]:
+        """The best `k` passages for a query, or a list of them for each of several; see KnowledgeBase.search."""
+        query = Query(k, filter, mode, normalize, unique, reranker, candidates)
+        conditions = check(filter)
+        searcher = Searcher(self._call, self.collection, self._shape, self.settings, self._version)
+        if isinstance(queries, str):
+            return answer(searcher, [queries], query, conditions, lambda: self.embedder)[0]
+        return answer(searcher, queries, query, conditions, lambda: self.embedder)
+
+    def get(self, id: str) -> Document:
+        """The whole document with this id. Raises UsageError when there is none."""
+        if isinstance(id, str):
+            where = f"{any_of('key', [key_of(clean_text(id))])} and {visible(self.version)}"
+            for document, _ in whole_documents(self._call, self.collection, where):
+                return document
+        raise UsageError(f"no document {id!r} in version {self.version} of {self._place}")
+
+    def __contains__(self, id: object) -> bool:
+        if not isinstance(id, str):
+            return False
+        where = f"{any_of('key', [key_of(clean_text(id))])} and part == 0 and {visible(self.version)}"
+        return any(True for _ in self._call.rows(self.collection, where, ["row"]))
+
+    def __len__(self) -> int:
+        return self._version.documents
+
+    def __bool__(self) -> bool:
+        return True  # an empty knowledge base is one
+
+    def documents(self) -> Iterator[Document]:
+        """All documents, whole, in the order in which they were added."""
+        for document, _ in whole_documents(self._call, self.collection, visible(self.version)):
+            yield document
+
+    def passages(self, document: Document) -> list[str]:
+        """The texts that this knowledge base would index and embed for a document."""
+        return [passage.document.text for passage in passages(document, self._shape)]
+
+    def versions(self) -> list[Version]:
+        """All versions that can be searched, as of now, oldest first, with their tags."""
+        return self._history.versions()
+
+    def stats(self) -> dict[str, Any]:
+        """Counts and settings, as JSON values. `rows` counts the passages of all versions."""
+        [count] = self._call("query", self.collection, filter="", output_fields=["count(*)"])
+        return {
+            "path": self._place,
+            "kind": self.kind,
+            "version": self.version,
+            "versions": len(self.versions()),
+            "documents": self._version.documents,
+            "passages": self._version.passages,
+            "rows": int(count["count(*)"]),
+            "embedder": self.settings["embedder"]["name"] if "embedder" in self.settings else None,
+            "analyser": self.settings.get("analyser"),
+            "chunk_words": self.settings["chunk_words"],
+            "overlap_words": self.settings["overlap_words"],
+            "created": self.settings["created"],
+        }
+
+    def verify(self) -> list[str]:
+        """Read all texts of all versions and compare them with their hashes, and count them: what is wrong, as
+        sentences. Vectors and files are Milvus's own to check."""
+        return list(problems(self._call, self.collection, self.versions()))
+
+    # -- changing ------------------------------------------------------------------------------------------------------
+
+    def add(self, documents: Iterable[Document], on_duplicate: str = "skip", on_error: str = "raise") -> Change:
+        """Add documents, all of them or none; see KnowledgeBase.add."""
+        return self._write(documents, False, on_duplicate, on_error)
+
+    def update(self, documents: Iterable[Document], on_error: str = "raise") -> Change:
+        """Add documents; where the id is there, replace its document. Of equal ids the last one counts."""
+        return self._write(documents, True, "keep", on_error)
+
+    def delete(self, ids: str | Iterable[str]) -> Change:
+        """Delete documents by their ids; those that are not there count as unchanged."""
+        names = [ids] if isinstance(ids, str) else list(ids)
+        return self._change("delete", lambda writer: writer.remove(names))
+
+    def ingest(
+        self,
+        files: str | Path | Iterable[str | Path],
+        on_error: str = "raise",
+        commit_every: int = 50_000,
+        progress: bool = True,
+        update: bool = False,
+        on_duplicate: str = "skip",
+    ) -> Change:
+        """Add the documents of JSONL files, a version for every `commit_every` of them; see KnowledgeBase.ingest."""
+        if commit_every < 1:
+            raise UsageError(f"commit_every must be 1 or more, not {commit_every}")
+        paths = file_list(files)
+        skipped: list[str] = []
+        total = Change(self.version)
+        size = sum(path.stat().st_size for path in paths)
+        with tqdm(total=size, unit="B", unit_scale=True, desc="ingest", disable=not progress) as bar:
+
+            def advance(n: int) -> None:
+                bar.update(n)
+
+            stream = read_documents(paths, on_error, skipped.append, advance)
+            while (first := next(stream, None)) is not None:
+                part = itertools.chain([first], itertools.islice(stream, commit_every - 1))
+                total = total + self._write(part, update, on_duplicate, on_error)
+        return total + Change(self.version, skipped=len(skipped))
+
+    def tag(self, name: str, version: int | str | None = None) -> None:
+        """Name a version (default: the newest), or move a name. `compact` keeps tagged versions."""
+        if not isinstance(name, str) or not name or name.isdigit():
+            raise UsageError(f"a tag is a text that is no number, not {name!r}")
+        with self._alone():
+            self._history.tag(self._history.find(version), clean_text(name))
+
+    def untag(self, name: str) -> None:
+        """Take a name away. Raises UsageError when there is none such."""
+        with self._alone():
+            self._history.untag(name)
+
+    def compact(self, keep: int | Iterable[int | str] = 1) -> int:
+        """Forget all versions but the last `keep` (or those named), the newest and the tagged ones, and what only they
+        held. Returns how many versions went. Readers of a version that goes find less and less."""
+        with self._alone():
+            return self._history.compact(keep, self.collection)
+
+    def stage(self, texts: Sequence[str], vectors: np.ndarray) -> None:
+        """Hand over vectors that were computed elsewhere, (n, dimension), for texts as `passages` gives them: adding
+        documents with these passages, on this machine, takes them instead of embedding."""
+        self.staging.mkdir(parents=True, exist_ok=True)
+        with contextlib.closing(Staging(self.staging, self.embedder)) as staging:
+            staging.add([content_hash(text) for text in texts], vectors)
+
+    def break_lock(self) -> None:
+        """Take the right to write from a writer that is dead and ran on another machine."""
+        WriterLock(self._call, self.collection).break_lock()
+
+    def _write(self, documents: Iterable[Document], update: bool, on_duplicate: str, on_error: str) -> Change:
+        if isinstance(documents, Document):
+            documents = [documents]
+        what = "update" if update else "add"
+        return self._change(what, lambda writer: writer.write(documents, update, on_duplicate, on_error))
+
+    def _change(self, what: str, work: Callable[[MilvusWriter], None]) -> Change:
+        with self._alone():
+            self.refresh()
+            embedder = self.embedder if "embedder" in self.settings else None
+            writer = MilvusWriter(self._call, self.collection, self._shape, embedder, self._version, self.staging)
+            with contextlib.closing(writer):
+                writer.recover()
+                work(writer)
+                self._version = writer.commit(what)
+        return Change(self.version, **writer.counts)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """The right to write, or a clear error. Readers go on meanwhile."""
+        if self.read_only:
+            raise UsageError(f"{self!r} is read-only; open it without version and read_only to change it")
+        lock = WriterLock(self._call, self.collection)
+        lock.take(self.lock_timeout)
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def _shape(settings: Mapping[str, Any]) -> Shape:
+    embedder = settings.get("embedder")
+    return Shape(
+        lexical="analyser" in settings,
+        dimension=embedder["dimension"] if embedder else None,
+        analyser=Analyser.of(settings.get("analyser")),
+        chunk_words=settings["chunk_words"],
+        overlap_words=settings["overlap_words"],
+    )
