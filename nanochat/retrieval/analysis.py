@@ -84,7 +84,7 @@ class Analyser:
         for name, value in settings.items():
             good = isinstance(value, str) if name == "language" else isinstance(value, bool)
             if name == "stop_words":
-                good = words is None or (not isinstance(words, str) and all(isinstance(word, str) for word in words))
+                good = words is None or (isinstance(words, list | tuple) and all(isinstance(w, str) for w in words))
             if not good:
                 raise UsageError(f"analyser setting {name} cannot be {value!r}")
         return cls(**{**settings, "stop_words": None if words is None else tuple(words)})
@@ -114,15 +114,13 @@ class Analyser:
 class _TermTable(dict[str, str]):
     """Word -> term, or "" for words that are too long to index; filled as words come, emptied when full."""
 
-    def __init__(self, stem: Callable[[str], str], fold_accents: bool) -> None:
-        self._stem, self._fold = stem, fold_accents
+    def __init__(self, term_of: Callable[[str], str]) -> None:
+        self._term_of = term_of
 
     def __missing__(self, word: str) -> str:
         if len(word) >= MAX_WORD_BYTES or len(word.encode()) >= MAX_WORD_BYTES:
             return ""
-        term = self._stem(word)
-        if self._fold and not term.isascii():
-            term = fold(term)
+        term = self._term_of(word)
         if len(self) >= MAX_KNOWN_WORDS:
             self.clear()
         self[word] = term
@@ -145,6 +143,8 @@ def _characters_and_pairs(match: re.Match[str]) -> str:
 
 def fold(word: str) -> str:
     """Latin, Greek and Cyrillic letters without their accents."""
+    if word.isascii():
+        return word
     bare = _ACCENTS.sub("", unicodedata.normalize("NFKD", word))
     return unicodedata.normalize("NFC", bare).translate(_UNDECOMPOSED)
 
@@ -158,7 +158,12 @@ def _unicode_words() -> re.Pattern[str]:
 
 @cache
 def _term_table(language: str, fold_accents: bool) -> _TermTable:
-    return _TermTable(_stemmer(language), fold_accents)
+    stem = _stemmer(language)
+    if not fold_accents:
+        return _TermTable(stem)
+    if language == "english":  # its accents are those of foreign words, which the stemmer does not know
+        return _TermTable(lambda word: stem(fold(word)))
+    return _TermTable(lambda word: fold(stem(word)))
 
 
 def _stemmer(language: str) -> Callable[[str], str]:
@@ -174,7 +179,7 @@ def _stemmer(language: str) -> Callable[[str], str]:
 @cache
 def _stop_test(language: str, words: tuple[str, ...] | None) -> Callable[[str], bool]:
     if words is not None:
-        return frozenset(words).__contains__
+        return frozenset((*words, *(word.lower() for word in words))).__contains__
     if language == "english":
         return english.STOP_WORDS.__contains__
     if language == "none" or language in _WITHOUT_STOP_WORDS:

@@ -26,11 +26,11 @@ from nanochat.retrieval.index_files import ANALYSER, copy, fsync, link, make_dir
 if TYPE_CHECKING:
     import tantivy
 
-THREADS = 2
-HEAP_BYTES = 120_000_000  # of the writer, over all its threads; full, it becomes a segment
-SPARE = 16  # hits asked for beyond k: enough to settle most ties without a second search
+THREADS = 1  # beside the one that reads, analyses and stores; more where these are faster than tantivy
+HEAP_BYTES = 120_000_000  # of the writer, over all its threads; when full, it becomes a segment of some 400,000 texts
+SPARE = 8  # hits asked for beyond k: enough to settle most ties without a second search
 SAME_SCORE = 2e-6  # relative: equal sums added in another order differ by float32's rounding
-TERM_SET = 20_000  # up to so many allowed rows become part of the query; beyond, hits are fetched and then filtered
+ROW_COST = 8  # an allowed row inside the query costs as much as so many hits that are fetched and then filtered
 _SEGMENT_FILE = re.compile(r"[0-9a-f]{32}\..+")
 _WRITER_LOCK = ".tantivy-writer.lock"
 _LISTS = ("meta.json", ".managed.json")
@@ -101,18 +101,17 @@ class BM25Index:
         self._searcher = None
 
     def _search(self, searcher: tantivy.Searcher, query: str, k: int, allowed: np.ndarray | None) -> Found:
-        k = min(k, self.n_rows if allowed is None else len(allowed))
+        k = min(k, self.n_rows, self.n_rows if allowed is None else len(allowed))
         parsed = self._parse(query)
         if parsed is None or k < 1:
             return Found.none()
-        if allowed is not None and len(allowed) <= TERM_SET:
-            parsed = self._among(parsed, allowed)
-            allowed = None
         limit = k + SPARE
         if allowed is not None:  # as many as hold k allowed ones, if these are spread evenly
             limit = int(limit * max(1.0, 1.2 * self.n_rows / len(allowed)))
         while True:
             limit = min(limit, self.n_rows)
+            if allowed is not None and len(allowed) * ROW_COST < limit:
+                parsed, allowed, limit = self._among(parsed, allowed), None, k + SPARE
             rows, scores = _hits(searcher, parsed, limit)
             exhausted = len(rows) < limit or limit == self.n_rows
             lowest = scores[-1] if len(scores) else 0.0
@@ -160,6 +159,8 @@ def _best(rows: np.ndarray, scores: np.ndarray, k: int) -> Found:
         return Found.none()
     starts = np.ones(len(scores), bool)
     starts[1:] = scores[1:] < scores[:-1] * (1 - SAME_SCORE)
+    if starts.all():
+        return Found(rows[:k], scores[:k])
     group = np.cumsum(starts) - 1
     order = np.lexsort((rows, group))[:k]
     return Found(rows[order], scores[starts][group[order]])
@@ -179,7 +180,7 @@ def _tantivy_index(directory: Path, create: bool) -> tantivy.Index:
     engine = import_tantivy()
     if create:
         builder = engine.SchemaBuilder()
-        builder.add_unsigned_field("row", indexed=True, fast=True)
+        builder.add_integer_field("row", indexed=True, fast=True)  # signed: unsigned ones are not found for deletion
         builder.add_text_field("text", tokenizer_name="whitespace", index_option="freq")
         index = engine.Index(builder.build(), str(directory))
     else:
@@ -197,7 +198,7 @@ def _fill(
     for batch in batches:
         for row, text in zip(batch.rows.tolist(), batch.texts, strict=True):
             record = document()
-            record.add_unsigned("row", row)
+            record.add_integer("row", row)
             record.add_text("text", " ".join(analyser.terms(text)))
             writer.add_document(record)
     writer.commit()

@@ -50,7 +50,7 @@ def copy(source: Path, target: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, sort_keys=True), encoding="utf-8")
+    path.write_text(json.dumps(value, sort_keys=True), encoding="utf-8")
     fsync(path)
 
 

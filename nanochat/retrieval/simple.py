@@ -336,7 +336,7 @@ def _file(directory: Path, name: int, part: str) -> Path:
 
 def _load(path: Path, dtype: str) -> np.ndarray:
     """A mapped array. Raises ValueError for a file that is none of this type."""
-    values = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+    values = np.asarray(np.lib.format.open_memmap(path, mode="r"))  # np.load would take zip files and pickles too
     if values.ndim != 1 or values.dtype != np.dtype(dtype):
         raise ValueError(f"{path.name} is no list of {dtype}")
     return values
