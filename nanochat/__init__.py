@@ -3,6 +3,7 @@
     import nanochat
     chat = nanochat.load("sft")
     print(chat.chat([{"role": "user", "content": "Hello!"}]))
+    print(nanochat.load("rag").with_knowledge("kb").chat("Who founded Torwick?"))
 
 The names below are imported at first use: `import nanochat` itself takes milliseconds and does not import torch.
 """
@@ -14,17 +15,20 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "load": ("nanochat.chat", "load"),
+    "Document": ("nanochat.retrieval", "Document"),
     "Engine": ("nanochat.engine.generate", "Engine"),
+    "KnowledgeBase": ("nanochat.retrieval", "KnowledgeBase"),
     "Model": ("nanochat.model.lm", "LM"),
     "Tokenizer": ("nanochat.tokenizer", "Tokenizer"),
 }
 
-__all__ = ["Engine", "Model", "Tokenizer", "__version__", "load"]
+__all__ = ["Document", "Engine", "KnowledgeBase", "Model", "Tokenizer", "__version__", "load"]
 
 if TYPE_CHECKING:
     from nanochat.chat import load
     from nanochat.engine.generate import Engine
     from nanochat.model.lm import LM as Model
+    from nanochat.retrieval import Document, KnowledgeBase
     from nanochat.tokenizer import Tokenizer
 
 

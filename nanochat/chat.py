@@ -4,18 +4,26 @@
     chat.chat("Who built the bridge of Orvane?")
     for piece in chat.stream_chat([{"role": "user", "content": "Hello!"}], temperature=0.5):
         print(piece, end="", flush=True)
+    chat.with_knowledge("kb").chat("Who built it?")      # answers from your documents, with citations
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from inspect import signature
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from nanochat.engine.generate import Completion, Engine
 from nanochat.engine.load import Loaded, load_checkpoint
 from nanochat.engine.sampling import make_sampling
+from nanochat.errors import UsageError
+from nanochat.rag.grounded import GroundedChat
+from nanochat.rag.knowledge import Knowledge, Searcher, open_knowledge
 from nanochat.runtime import log
+
+if TYPE_CHECKING:
+    from nanochat.retrieval import KnowledgeBase
 
 Messages = str | Sequence[dict[str, Any]]
 
@@ -85,6 +93,30 @@ class ChatModel:
         """As `generate`, piece by piece; the generator returns the `Completion`."""
         return self.engine.stream(self.tokenizer.encode(text, bos=True), make_sampling(sampling))
 
+    def with_knowledge(
+        self, knowledge: KnowledgeBase | Searcher | str | Path, mode: str | None = None, **options: Any
+    ) -> GroundedChat:
+        """This model answering from documents: of a knowledge base (opened or its path), or of any retriever.
+
+        mode: how a knowledge base is searched (simple, bm25, dense, hybrid; None: its own way). options: those of
+        `GroundedChat`, such as top_k. Raises UsageError for an unknown option or mode and an empty knowledge base,
+        NanochatError when there is none at the path or it is damaged.
+        """
+        if isinstance(knowledge, str | Path):
+            knowledge = open_knowledge(knowledge, mode or "")
+        elif mode is not None:
+            knowledge = in_mode(knowledge, mode)
+        known = [name for name in signature(GroundedChat).parameters][3:]
+        for name in options:
+            if name not in known:
+                raise UsageError(f"unknown option {name!r} of with_knowledge; there is mode, {', '.join(known)}")
+        if not trained_on_retrieval(self.meta):
+            log.warning(
+                "%s was never trained on documents (stage %s): it may not cite them, or pass over them. "
+                "`nanochat rag_finetune` trains it", self.path, self.stage or "unknown",
+            )  # fmt: skip
+        return GroundedChat(self.model, self.tokenizer, knowledge, **options)
+
     def render(self, messages: Messages, max_tokens: int) -> list[int]:
         """The prompt's ids, cut to leave room for the answer: `max_tokens`, but at most a quarter of the context."""
         if isinstance(messages, str):
@@ -102,3 +134,17 @@ class ChatModel:
                 self.context, rendered.truncated_tokens,
             )  # fmt: skip
         return rendered.ids
+
+
+def in_mode(knowledge: KnowledgeBase | Searcher, mode: str) -> Searcher:
+    """A knowledge base that is searched in this mode. Raises UsageError for another kind of retriever."""
+    from nanochat.retrieval import KnowledgeBase
+
+    if not isinstance(knowledge, KnowledgeBase):
+        raise UsageError(f"mode {mode!r}: only a KnowledgeBase can be searched in several ways")
+    return Knowledge(knowledge, mode) if len(knowledge) else knowledge
+
+
+def trained_on_retrieval(meta: Mapping[str, Any]) -> bool:
+    """Whether the last stage of a checkpoint showed documents to the model."""
+    return meta.get("stage") == "rag"

@@ -1,4 +1,4 @@
-"""`nanochat chat_cli`: one answer with `-p`, or a conversation at the prompt."""
+"""`nanochat chat_cli`: one answer with `-p`, or a conversation at the prompt; `--knowledge_base` gives it documents."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from collections.abc import Generator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from nanochat import config
+from nanochat import checkpoint, config, runtime
 from nanochat.chat import ChatModel, load
 from nanochat.engine.generate import Completion
 from nanochat.engine.sampling import Sampling
 from nanochat.errors import NanochatError, UsageError
+from nanochat.rag.grounded import GroundedAnswer, GroundedChat
+from nanochat.rag.knowledge import open_knowledge
 
 HELP = """\
 /new                start a new conversation
@@ -30,8 +32,9 @@ class ChatSettings:
 
     prompt: str | None = None
     """answer this and leave; -p for short"""
-    source: str = "sft"
-    """stage (base, mid, sft), or path of a checkpoint, stage or run directory"""
+    source: str | None = None
+    """stage (base, mid, sft, rag), or path of a checkpoint, stage or run directory (default: sft; with a knowledge base
+    rag where there is one)"""
     run: str | None = None
     """name of the run (default: the one that wrote this stage last)"""
     out_dir: str | None = None
@@ -40,10 +43,18 @@ class ChatSettings:
     """chat: answer as the assistant; text: continue the text; auto: text for a base model, chat for the others"""
     system: str = ""
     """system message"""
+    knowledge_base: str | None = None
+    """answer from the documents in this directory, and cite them"""
+    documents: int = 5
+    """documents that are retrieved for each question"""
+    retriever_type: str = ""
+    """how to search: simple, bm25, dense or hybrid (default: what the knowledge base was built for)"""
+    document_tokens: int = 0
+    """tokens that the documents of a prompt may take (0: what the conversation leaves)"""
     max_tokens: int = 256
     """longest answer"""
-    temperature: float = 0.8
-    """0: always the most likely token"""
+    temperature: float | None = None
+    """0: always the most likely token (default: 0.8; with a knowledge base 0)"""
     top_k: int = 0
     """keep the k most likely tokens (0: all)"""
     top_p: float = 1.0
@@ -62,7 +73,17 @@ class ChatSettings:
     """auto, float32, bfloat16 or float16"""
 
     def sampling(self) -> Sampling:
-        return Sampling(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Sampling)})
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(Sampling)}
+        if self.temperature is None:
+            given["temperature"] = 0.0 if self.knowledge_base else Sampling.temperature
+        return Sampling(**given)
+
+    def find_source(self) -> str:
+        """The stage to load when none was named."""
+        if self.source is None and self.knowledge_base:
+            with contextlib.suppress(NanochatError):
+                return str(checkpoint.find("rag", self.out_dir or runtime.out_root(), self.run))
+        return self.source or "sft"
 
 
 def chat_cli(argv: list[str] | None = None) -> int:
@@ -70,9 +91,18 @@ def chat_cli(argv: list[str] | None = None) -> int:
     long = ["--prompt" if a == "-p" else f"--prompt={a[3:]}" if a.startswith("-p=") else a for a in arguments]
     settings = config.parse(ChatSettings, long, prog="nanochat chat_cli")
     sampling = settings.sampling()
-    chat = load(settings.source, settings.run, settings.out_dir, settings.device, settings.dtype, settings.quantize)
-    as_text = settings.mode == "text" or (settings.mode == "auto" and chat.stage == "base")
-    session = Session(chat, sampling, as_text, settings.system)
+    if settings.knowledge_base and settings.mode == "text":
+        raise UsageError("--mode text: a text is continued without documents; leave --knowledge_base out, or --mode")
+    # before the model, whose loading takes longer: a wrong path is told at once
+    knowledge = open_knowledge(settings.knowledge_base, settings.retriever_type) if settings.knowledge_base else None
+    source = settings.find_source()
+    model = load(source, settings.run, settings.out_dir, settings.device, settings.dtype, settings.quantize)
+    chat: ChatModel | GroundedChat = model
+    if knowledge is not None:
+        chat = model.with_knowledge(knowledge, top_k=settings.documents, document_tokens=settings.document_tokens)
+    as_text = settings.mode == "text" or (settings.mode == "auto" and model.stage == "base" and knowledge is None)
+    where = f"{model.path}, {settings.knowledge_base}" if knowledge is not None else f"{model.path}"
+    session = Session(chat, sampling, as_text, settings.system, where)
     if settings.prompt is not None:
         return session.answer(settings.prompt)
     session.loop()
@@ -83,10 +113,11 @@ def chat_cli(argv: list[str] | None = None) -> int:
 class Session:
     """One conversation at the terminal."""
 
-    chat: ChatModel
+    chat: ChatModel | GroundedChat
     sampling: Sampling
     as_text: bool = False
     system: str = ""
+    where: str = ""  # what is asked, for the first line
     messages: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -96,12 +127,15 @@ class Session:
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
 
     def answer(self, text: str) -> int:
-        """Stream the answer to stdout and its speed to stderr, and remember both turns. Ctrl-C keeps what there is.
+        """Stream the answer (and its sources) to stdout and its speed to stderr, and remember both turns. Ctrl-C keeps
+        what there is.
 
         Returns 0, or 130 when it was stopped.
         """
         options = dataclasses.asdict(self.sampling)
+        pieces: Generator[str, None, Completion] | Generator[str, None, GroundedAnswer]
         if self.as_text:
+            assert isinstance(self.chat, ChatModel)
             pieces = self.chat.stream(text, **options)
         else:
             self.messages.append({"role": "user", "content": text})
@@ -128,7 +162,7 @@ class Session:
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401 (gives input() its history and editing)
         what = "continue a text" if self.as_text else "chat"
-        print(f"{self.chat.path}: {what}. /help lists the commands.", file=sys.stderr)
+        print(f"{self.where}: {what}. /help lists the commands.", file=sys.stderr)
         while True:
             try:
                 text = input("> ").strip()
@@ -178,12 +212,12 @@ class Session:
             raise UsageError(f"/{name} {value}: expected a number") from None
 
 
-def _show(pieces: Generator[str, None, Completion]) -> tuple[str, bool]:
-    """Print pieces as they come; the whole text, and whether Ctrl-C stopped it."""
+def _show(pieces: Generator[str, None, Completion] | Generator[str, None, GroundedAnswer]) -> tuple[str, bool]:
+    """Print pieces as they come, then the sources; the whole text, and whether Ctrl-C stopped it."""
     began = time.perf_counter()
     first = 0.0
     said: list[str] = []
-    completion: Completion | None = None
+    found: Completion | GroundedAnswer | None = None
     stopped = False
     try:
         while True:
@@ -192,17 +226,39 @@ def _show(pieces: Generator[str, None, Completion]) -> tuple[str, bool]:
             said.append(piece)
             print(piece, end="", flush=True)
     except StopIteration as end:
-        completion = end.value
+        found = end.value
     except KeyboardInterrupt:
         stopped = True
         pieces.close()
     print(flush=True)
     seconds = time.perf_counter() - began
-    if completion is not None:
-        n = len(completion.ids)
-        why = ", cut at max_tokens or the end of the context" if completion.finish_reason == "length" else ""
-        rate = f", {(n - 1) / (seconds - first):.1f} tok/s" if n > 1 and seconds > first else ""
-        print(f"[{n} tokens, first after {first:.2f} s{rate}{why}]", file=sys.stderr)
-    elif stopped:
-        print("[stopped]", file=sys.stderr)
+    completion = found.completion if isinstance(found, GroundedAnswer) else found
+    notes = [_speed(completion, first, seconds)] if completion is not None else []
+    if isinstance(found, GroundedAnswer):
+        for line in found.sources:
+            print(line, flush=True)
+        notes += _grounds(found)
+    if stopped:
+        notes = ["stopped"]
+    if notes:
+        print(f"[{', '.join(notes)}]", file=sys.stderr)
     return "".join(said), stopped
+
+
+def _speed(completion: Completion, first: float, seconds: float) -> str:
+    n = len(completion.ids)
+    why = ", cut at max_tokens or the end of the context" if completion.finish_reason == "length" else ""
+    rate = f", {(n - 1) / (seconds - first):.1f} tok/s" if n > 1 and seconds > first else ""
+    return f"{n} tokens, first after {first:.2f} s{rate}{why}"
+
+
+def _grounds(answer: GroundedAnswer) -> list[str]:
+    """What the answer rests on, in a few words."""
+    if not answer.query:
+        return []
+    if not answer.documents:
+        return ["no document found"]
+    notes = [f"{len(answer.documents)} documents"]
+    if answer.support:
+        notes.append(f"support {min(each.score for each in answer.support):.2f}")
+    return notes

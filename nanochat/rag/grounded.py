@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -24,6 +24,7 @@ from nanochat.engine.prefix import PrefixCache
 from nanochat.engine.sampling import Sampling, make_sampling
 from nanochat.errors import UsageError
 from nanochat.model.lm import LM
+from nanochat.rag.calibration import DEFAULT, Calibration
 from nanochat.rag.citation_stream import CitationStream
 from nanochat.rag.citations import Answer, Sentence, parse, sources
 from nanochat.rag.knowledge import Searcher
@@ -74,10 +75,11 @@ class GroundedChat:
     """A model and a knowledge base that answer together. Several conversations and threads may share one.
 
     knowledge: anything with `search(queries, k)`, such as a KnowledgeBase. top_k: documents a turn. order: of the
-    documents in the prompt, see `rag.prompt`. max_tokens_documents: tokens that documents may take (0: what the
+    documents in the prompt, see `rag.prompt`. document_tokens: tokens that documents may take (0: what the
     conversation leaves, at least three quarters of the prompt). rewrite: makes the query out of the conversation.
     cache: keeps the states of documents (None: one of its own of 256 MB; `PrefixCache(0)`: none). embedder, contrast:
-    further signs of support. Raises UsageError for values out of range and an empty knowledge base.
+    further signs of support, which the calibration must know (see `rag.support`). Raises UsageError for values out of
+    range and an empty knowledge base.
     """
 
     def __init__(
@@ -88,23 +90,27 @@ class GroundedChat:
         *,
         top_k: int = 5,
         order: str = "best_first",
-        max_tokens_documents: int = 0,
+        document_tokens: int = 0,
         rewrite: Rewriter = standalone,
         cache: PrefixCache | None = None,
         embedder: Embedder | None = None,
         contrast: bool = False,
+        calibration: Calibration = DEFAULT,
     ) -> None:
         if top_k < 1:
             raise UsageError(f"top_k {top_k}: expected at least 1 document")
         if order not in ORDERS:
             raise UsageError(f"document order {order!r}: must be one of {', '.join(ORDERS)}")
-        if max_tokens_documents < 0:
-            raise UsageError(f"max_tokens_documents {max_tokens_documents}: expected 0 (automatic) or more")
-        if not getattr(knowledge, "__len__", lambda: 1)():
+        if document_tokens < 0:
+            raise UsageError(f"document_tokens {document_tokens}: expected 0 (automatic) or more")
+        if isinstance(knowledge, Sized) and not len(knowledge):
             raise UsageError("the knowledge base holds no documents: add some, and ask then")
+        parts = ["lexical", *["embedding"] * (embedder is not None), *["contrast"] * contrast]
+        if frozenset(parts) not in calibration:
+            raise UsageError(f"support by {' and '.join(parts)} needs a calibration fitted to them: see rag.support")
         self.model, self.tokenizer, self.knowledge = model, tokenizer, knowledge
-        self.top_k, self.order, self.max_tokens_documents = top_k, order, max_tokens_documents
-        self.rewrite, self.embedder, self.contrast = rewrite, embedder, contrast
+        self.top_k, self.order, self.document_tokens = top_k, order, document_tokens
+        self.rewrite, self.embedder, self.contrast, self.calibration = rewrite, embedder, contrast, calibration
         self.cache = PrefixCache() if cache is None else cache
 
     @property
@@ -141,7 +147,7 @@ class GroundedChat:
         query, hits = self.retrieve(conversation)
         limit = self.context - min(chosen.max_tokens, self.context // 4)
         block, asked = lay_out(
-            conversation, [h.document for h in hits], self.tokenizer, limit, self.max_tokens_documents, self.order
+            conversation, [h.document for h in hits], self.tokenizer, limit, self.document_tokens, self.order
         )
         if query and not block.documents:
             yield NOTHING_FOUND
@@ -163,13 +169,10 @@ class GroundedChat:
     def _support(self, answer: Answer, block: Block, messages: list[dict[str, Any]]) -> list[Support]:
         if not block.documents or answer.abstained:
             return []
-        question = message_text(messages[-1])
-        if not self.contrast:
-            return support(answer, block.documents, question=question, embedder=self.embedder)
-        return support(
-            answer, block.documents, question=question, embedder=self.embedder,
-            model=self.model, tokenizer=self.tokenizer, messages=messages,
-        )  # fmt: skip
+        asked: dict[str, Any] = {"question": message_text(messages[-1]), "calibration": self.calibration}
+        if self.contrast:
+            asked |= {"model": self.model, "tokenizer": self.tokenizer, "messages": messages}
+        return support(answer, block.documents, embedder=self.embedder, **asked)
 
 
 def as_messages(messages: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -189,7 +192,7 @@ def lay_out(
     documents: Sequence[Document],
     tokenizer: Tokenizer,
     limit: int,
-    max_tokens_documents: int = 0,
+    document_tokens: int = 0,
     order: str = "best_first",
 ) -> tuple[Block, list[dict[str, Any]]]:
     """The block of documents, and the messages of a prompt of at most `limit` tokens: system, documents, conversation.
@@ -203,9 +206,9 @@ def lay_out(
     question = _fit_question(conversation[-1], tokenizer, limit // 2)
     room = max(limit - 2 - sum(map(size, [*system, question])), limit // 4)  # <|bos|>, <|assistant_start|>
     said = sum(map(size, history))
-    budget = max(room - said, 3 * room // 4)
-    if max_tokens_documents:
-        budget = min(budget, max_tokens_documents)
+    budget = max(room - said, 3 * room // 4, 1)
+    if document_tokens:
+        budget = min(budget, document_tokens)
     block = retrieval_message(documents, tokenizer, budget, order)
     if documents and not block.documents:
         log.warning("none of %d documents fits into %d tokens of the context", len(documents), budget)
