@@ -12,7 +12,7 @@ import numpy as np
 from nanochat.errors import NanochatError, UsageError
 from nanochat.retrieval.document import Document, Filter, Found, Hit, Reranker, Retriever
 from nanochat.retrieval.fusion import rrf, weighted
-from nanochat.retrieval.index_files import make_directory, write_json
+from nanochat.retrieval.index_files import fsync, make_directory
 from nanochat.retrieval.rerank import make_reranker, rerank
 
 Key: TypeAlias = tuple[str, tuple[int, int] | None]  # what makes a passage one: the id and where in the document
@@ -86,7 +86,9 @@ class HybridRetriever:
             retriever.save(folder / str(number))
         kinds = [type(retriever).__name__ for retriever in self.retrievers]
         joined = {"fusion": self.fusion, "weights": self.weights and list(self.weights), "depth": self.depth}
-        write_json(folder / SAVED, {"format": FORMAT, "retrievers": kinds, **joined})
+        record = {"format": FORMAT, "retrievers": kinds, **joined}
+        (folder / SAVED).write_text(json.dumps(record), encoding="utf-8")
+        fsync(folder / SAVED)
 
     @classmethod
     def load(
