@@ -1,6 +1,6 @@
 """BM25 (Robertson and Zaragoza 2009; k1 = 1.2, b = 0.75) over tantivy, an index in Rust that is mapped, not loaded.
 
-A directory holds tantivy's files, which it writes once and replaces only by new ones, and `analyser.json`. A new
+A directory holds tantivy's files, which it writes once and replaces only by new ones, and `index.json`. A new
 directory shares the files of the one it continues through hard links. Scores are Lucene's BM25 times 2.2 (k1 + 1), with
 lengths rounded to one byte; their statistics count dropped rows until their segment is merged.
 """
@@ -21,11 +21,12 @@ import numpy as np
 from nanochat.errors import NanochatError, UsageError
 from nanochat.retrieval.analysis import Analyser, import_tantivy
 from nanochat.retrieval.document import Batch, Found, Settings
-from nanochat.retrieval.index_files import ANALYSER, copy, fsync, link, make_directory, read_analyser, write_json
+from nanochat.retrieval.index_files import copy, link, make_directory, read_header, write_header
 
 if TYPE_CHECKING:
     import tantivy
 
+FORMAT = 1
 THREADS = 1  # beside the one that reads, analyses and stores; more where these are faster than tantivy
 HEAP_BYTES = 120_000_000  # of the writer, over all its threads; when full, it becomes a segment of some 400,000 texts
 SPARE = 8  # hits asked for beyond k: enough to settle most ties without a second search
@@ -61,7 +62,9 @@ class BM25Index:
         drop: np.ndarray | None = None,
     ) -> None:
         """See `Index.write`. Dropped rows leave the answers at once and the files when their segment is merged."""
-        analyser = Analyser.of(settings.get("analyser")) if base is None else read_analyser(base, settings)
+        analyser = Analyser.of(settings.get("analyser"))
+        if base is not None:
+            analyser, _ = read_header(base, cls.kind, FORMAT, settings)
         with _failures(f"cannot write the BM25 index {directory}"):
             make_directory(directory)
             if base is not None:
@@ -73,9 +76,8 @@ class BM25Index:
             writer.wait_merging_threads()
             _collect_garbage(index)
             del writer, index
-            write_json(directory / ANALYSER, analyser.settings())
             (directory / _WRITER_LOCK).unlink(missing_ok=True)
-            fsync(directory)
+            write_header(directory, cls.kind, FORMAT, analyser)
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -83,7 +85,7 @@ class BM25Index:
     def open(cls, directory: Path, settings: Settings) -> BM25Index:
         """See `Index.open`. Raises NanochatError for a missing or damaged directory, UsageError for another analyser
         than the one that the index was built with."""
-        analyser = read_analyser(directory, settings)
+        analyser, _ = read_header(directory, cls.kind, FORMAT, settings)
         with _failures(f"cannot open the BM25 index {directory}; `verify` tells which file is damaged"):
             return cls(_open_read_only(directory), analyser, directory)
 

@@ -1,5 +1,5 @@
-"""What index directories share: files written once and fsynced, hard links to those of an earlier directory, and the
-analyser stored beside them.
+"""What index directories share: files written once and fsynced, hard links to those of an earlier directory, and, for
+indexes of words, `index.json`, which says what the directory holds and which analyser made its terms.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from nanochat.errors import NanochatError, UsageError
 from nanochat.retrieval.analysis import Analyser
 from nanochat.retrieval.document import Settings
 
-ANALYSER = "analyser.json"
+HEADER = "index.json"
 
 
 def make_directory(directory: Path) -> None:
@@ -54,18 +54,31 @@ def write_json(path: Path, value: Any) -> None:
     fsync(path)
 
 
-def read_analyser(directory: Path, settings: Settings) -> Analyser:
-    """The analyser that the index in `directory` was built with.
+def write_header(directory: Path, kind: str, format: int, analyser: Analyser, **more: Any) -> None:
+    """The last file of an index; then wait until the disk has all their names."""
+    write_json(directory / HEADER, {"kind": kind, "format": format, "analyser": analyser.settings(), **more})
+    fsync(directory)
 
-    Raises NanochatError where there is no index, UsageError when the settings name another analyser."""
+
+def read_header(directory: Path, kind: str, format: int, settings: Settings) -> tuple[Analyser, dict[str, Any]]:
+    """The analyser that an index was built with, and its whole header.
+
+    Raises NanochatError where there is no index of this kind and format, UsageError when the settings name another
+    analyser."""
     try:
-        stored = Analyser.of(json.loads((directory / ANALYSER).read_text(encoding="utf-8")))
-    except (OSError, ValueError, UsageError) as error:
-        raise NanochatError(f"no index at {directory}: {ANALYSER} cannot be read ({error})") from error
+        header = json.loads((directory / HEADER).read_text(encoding="utf-8"))
+        found, version, stored = header["kind"], header["format"], Analyser.of(header["analyser"])
+    except (OSError, ValueError, KeyError, TypeError, UsageError) as error:
+        raise NanochatError(f"no index at {directory}: {HEADER} cannot be read ({error})") from error
+    if (found, version) != (kind, format):
+        raise NanochatError(
+            f"{directory} holds an index of kind {found}, format {version}; expected {kind}, format {format}: "
+            "update the program, or build the index anew"
+        )
     wanted = settings.get("analyser")
     if wanted is not None and Analyser.of(wanted) != stored:
         raise UsageError(
             f"{directory} was built with the analyser {stored.settings()}, and the one asked for is "
             f"{Analyser.of(wanted).settings()}: leave it out, or build a new knowledge base"
         )
-    return stored
+    return stored, header

@@ -17,7 +17,6 @@ that adding a few documents rewrites little and a search looks at few places. A 
 from __future__ import annotations
 
 import contextlib
-import json
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,11 +29,10 @@ import numpy as np
 from nanochat.errors import NanochatError, UsageError
 from nanochat.retrieval.analysis import Analyser
 from nanochat.retrieval.document import Batch, Found, Settings
-from nanochat.retrieval.index_files import ANALYSER, fsync, link, make_directory, read_analyser, write_json
+from nanochat.retrieval.index_files import link, make_directory, read_header, write_header
 from nanochat.retrieval.vector_file import ArrayWriter
 
 FORMAT = 1
-LIST = "simple.json"
 RUN_POSTINGS = 2_000_000  # held in memory before a segment is written: about 100 MB
 MERGE_POSTINGS = 2_000_000  # merged at a time
 FACTOR = 4  # a segment smaller than so many times its successor is merged with it
@@ -63,26 +61,27 @@ class SimpleIndex:
         drop: np.ndarray | None = None,
     ) -> None:
         """See `Index.write`. Segments that hold dropped rows are rewritten without them."""
-        analyser = Analyser.of(settings.get("analyser")) if base is None else read_analyser(base, settings)
+        analyser, names = Analyser.of(settings.get("analyser")), []
+        if base is not None:
+            analyser, header = read_header(base, cls.kind, FORMAT, settings)
+            names = header["segments"]
         with _failures(f"cannot write the index {directory}"):
             make_directory(directory)
             segments = _Segments(directory)
-            if base is not None:
-                for name in _names(base):
-                    segments.take(_Segment.open(base, name), drop)
+            for name in names:
+                assert base is not None
+                segments.take(_Segment.open(base, name), drop)
             for run in _runs(analyser, batches):
                 segments.add(run)
-            write_json(directory / LIST, {"format": FORMAT, "segments": segments.names})
-            write_json(directory / ANALYSER, analyser.settings())
-            fsync(directory)
+            write_header(directory, cls.kind, FORMAT, analyser, segments=segments.names)
 
     @classmethod
     def open(cls, directory: Path, settings: Settings) -> SimpleIndex:
         """See `Index.open`. Raises NanochatError for a missing or damaged directory, UsageError for another analyser
         than the one that the index was built with."""
-        analyser = read_analyser(directory, settings)
+        analyser, header = read_header(directory, cls.kind, FORMAT, settings)
         with _failures(f"cannot open the index {directory}; `verify` tells which file is damaged"):
-            return cls(directory, analyser, [_Segment.open(directory, name) for name in _names(directory)])
+            return cls(directory, analyser, [_Segment.open(directory, name) for name in header["segments"]])
 
     def search(self, queries: Sequence[str], k: int, allowed: np.ndarray | None = None) -> list[Found]:
         """See `Index.search`. Raises NanochatError for a damaged file."""
@@ -340,18 +339,6 @@ def _load(path: Path, dtype: str) -> np.ndarray:
     if values.ndim != 1 or values.dtype != np.dtype(dtype):
         raise ValueError(f"{path.name} is no list of {dtype}")
     return values
-
-
-def _names(directory: Path) -> list[int]:
-    """The segments of a directory, in the order of their rows."""
-    try:
-        stored = json.loads((directory / LIST).read_text(encoding="utf-8"))
-        version, names = stored["format"], [int(name) for name in stored["segments"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise NanochatError(f"no index at {directory}: {LIST} cannot be read ({error})") from error
-    if version != FORMAT:
-        raise NanochatError(f"{directory} has index format {version}, and this program reads {FORMAT}: update it")
-    return names
 
 
 @contextlib.contextmanager

@@ -180,6 +180,21 @@ def test_wrong_calls(kind, tmp_path: Path):
 
 
 @KINDS
+def test_another_kind_or_format_is_no_index_of_ours(kind, tmp_path: Path):
+    build(kind, tmp_path / "a", TEXTS)
+    header = tmp_path / "a" / "index.json"
+    good = header.read_text()
+    for old, new in (('"format": 1', '"format": 2'), (f'"{kind.kind}"', '"dense"')):
+        header.write_text(good.replace(old, new))
+        with pytest.raises(NanochatError, match="build the index anew"):
+            kind.open(tmp_path / "a", {})
+    for bad in ("", "{}", "[]", good[:-5], good.replace("english", "klingon")):
+        header.write_text(bad)
+        with pytest.raises(NanochatError, match=r"no index at .*index\.json"):
+            kind.open(tmp_path / "a", {})
+
+
+@KINDS
 def test_an_error_while_reading_documents_comes_through(kind, tmp_path: Path):
     def batches():
         yield Batch(np.arange(2), ["moon", "sun"])

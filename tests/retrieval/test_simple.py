@@ -103,12 +103,12 @@ def test_adding_and_dropping_equals_building_anew(tmp_path: Path, monkeypatch: p
 
 def test_segments_stay_few_while_documents_come_one_by_one(tmp_path: Path):
     base = None
-    for row, text in enumerate(texts(70)):
+    for row, text in enumerate(texts(40)):
         SimpleIndex.write(tmp_path / str(row), {}, [batch({row: text})], base)
         base = tmp_path / str(row)
     index = SimpleIndex.open(base, {})
-    assert len(index._segments) <= 1 + math.log(70, 4)
-    check(index, dict(enumerate(texts(70))), "moon dust", 10)
+    assert len(index._segments) <= 1 + math.log(40, 4)
+    check(index, dict(enumerate(texts(40))), "moon dust", 10)
 
 
 def test_a_truncated_or_foreign_file_is_named(tmp_path: Path):
@@ -125,9 +125,6 @@ def test_a_truncated_or_foreign_file_is_named(tmp_path: Path):
         with pytest.raises(NanochatError, match=f"0.{part}.npy"):
             SimpleIndex.open(tmp_path / "a", {})
         file.write_bytes(whole)
-    (tmp_path / "a" / "simple.json").write_text('{"format": 2, "segments": []}')
-    with pytest.raises(NanochatError, match="format 2"):
-        SimpleIndex.open(tmp_path / "a", {})
 
 
 def test_no_tantivy_is_needed_in_english(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
