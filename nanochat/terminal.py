@@ -258,7 +258,8 @@ def _grounds(answer: GroundedAnswer) -> list[str]:
         return []
     if not answer.documents:
         return ["no document found"]
-    notes = [f"{len(answer.documents)} documents"]
+    n = len(answer.documents)
+    notes = [f"{n} document{'s' if n > 1 else ''}"]
     if answer.support:
         notes.append(f"support {min(each.score for each in answer.support):.2f}")
     return notes

@@ -12,6 +12,7 @@ from nanochat.engine.sampling import Sampling
 from nanochat.errors import NanochatError, UsageError
 from nanochat.model.config import ModelConfig
 from nanochat.model.lm import LM
+from nanochat.rag.grounded import GroundedAnswer, GroundedChat
 from nanochat.terminal import chat_cli
 from nanochat.tokenizer import Tokenizer
 
@@ -201,3 +202,121 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_there_is(chat, monkeypatch, caps
     assert session.answer("Hi") == 130
     assert session.messages[-1] == {"role": "assistant", "content": "partial"}
     assert "[stopped]" in capsys.readouterr().err
+
+
+# ---- from documents
+
+
+@pytest.fixture(scope="module")
+def knowledge(tmp_path_factory):
+    path = tmp_path_factory.mktemp("knowledge") / "kb"
+    with nanochat.KnowledgeBase.create(path, kind="simple") as base:
+        base.add(
+            [
+                nanochat.Document("torwick", "Mara Velt founded it.", "Torwick", "towns.jsonl"),
+                nanochat.Document("orvane", "It lies on the river Rill.", "Orvane"),
+            ]
+        )
+    return path
+
+
+def test_a_model_with_knowledge(chat, knowledge, caplog):
+    grounded = chat.with_knowledge(knowledge, top_k=1)
+    assert caplog.text.count("was never trained on documents (stage sft)") == 1
+    answer = grounded.chat("Who founded Torwick?", max_tokens=8)
+    assert isinstance(answer, GroundedAnswer)
+    assert [d.id for d in answer.documents] == ["torwick"]
+    text, streamed = drain(grounded.stream_chat("Who founded Torwick?", max_tokens=8))
+    assert text == streamed.text == answer.text
+    assert caplog.text.count("was never trained on documents") == 1
+    with nanochat.KnowledgeBase.open(knowledge) as base:
+        for retriever, mode in ((base, None), (base, "simple"), (str(knowledge), "simple")):
+            assert chat.with_knowledge(retriever, mode).retrieve("Torwick?")[1][0].id == "torwick"
+
+
+def test_a_model_trained_on_documents_brings_no_warning(knowledge, tmp_path, caplog):
+    save_stage(tmp_path, "rag")
+    assert isinstance(load("rag", out_dir=tmp_path).with_knowledge(knowledge), GroundedChat)
+    assert "never trained" not in caplog.text
+
+
+def test_wrong_knowledge_says_what_is_wrong(chat, knowledge, tmp_path):
+    with pytest.raises(UsageError, match="does not exist"):
+        chat.with_knowledge(tmp_path / "nothing")
+    with pytest.raises(UsageError, match="is no knowledge base"):
+        chat.with_knowledge(tmp_path)
+    with nanochat.KnowledgeBase.create(tmp_path / "empty", kind="simple") as base:
+        with pytest.raises(UsageError, match="holds no documents"):
+            chat.with_knowledge(base)
+        with pytest.raises(UsageError, match="holds no documents"):
+            chat.with_knowledge(base, "simple")
+    with pytest.raises(UsageError, match="holds no documents"):
+        chat.with_knowledge(tmp_path / "empty")
+    with pytest.raises(UsageError, match="unknown option 'topk' of with_knowledge; there is mode, top_k"):
+        chat.with_knowledge(knowledge, topk=3)
+    with pytest.raises(UsageError, match="only a KnowledgeBase can be searched in several ways"):
+        chat.with_knowledge(object(), "dense")
+
+
+def test_the_terminal_answers_from_documents(chat, out, knowledge, capsys):
+    common = ["--out_dir", str(out), "--max_tokens", "8", "--knowledge_base", str(knowledge), "--documents", "1"]
+    assert chat_cli(["-p", "Who founded Torwick?", *common]) == 0
+    shown = capsys.readouterr()
+    expected = chat.with_knowledge(knowledge, top_k=1).chat("Who founded Torwick?", max_tokens=8)
+    assert shown.out == "\n".join([expected.text, *expected.sources]) + "\n"
+    assert "1 document, support" in shown.err
+    assert chat_cli(["-p", "Who built Underwade?", *common]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "I do not know.\n"
+    assert "no document found" in shown.err
+
+
+def test_the_terminal_shows_sources(chat, monkeypatch, capsys, knowledge):
+    grounded = chat.with_knowledge(knowledge)
+    cited = [TOKENIZER.special("cite_start"), *b"1", TOKENIZER.special("cite_end"), *b"Mara did.", TOKENIZER.eot]
+    monkeypatch.setattr("nanochat.engine.generate.sample", lambda logits, *_: ([cited.pop(0)], [0.0]))
+    session = terminal.Session(grounded, Sampling(temperature=0.0))
+    session.answer("Who founded Torwick?")
+    shown = capsys.readouterr()
+    assert shown.out == "Mara did. [1]\n[1] Torwick (towns.jsonl)\n"
+    assert ", 1 document, support 1.00]" in shown.err
+    assert session.messages[-1] == {"role": "assistant", "content": "Mara did. [1]"}
+
+
+def test_a_conversation_about_documents(out, knowledge, monkeypatch, capsys):
+    type_lines(monkeypatch, "Who founded Torwick?", "/retry", "And Orvane?", "/temp", "/new")
+    assert chat_cli(["--out_dir", str(out), "--max_tokens=4", "--knowledge_base", str(knowledge)]) == 0
+    shown = capsys.readouterr()
+    assert shown.err.count(", 1 document, support") == 3
+    assert str(knowledge) in shown.err
+    assert "temperature 0.0" in shown.out
+
+
+def test_the_terminal_takes_the_stage_that_was_trained_on_documents(knowledge, tmp_path, capsys, caplog):
+    ask = ["-p", "Torwick?", "--out_dir", str(tmp_path), "--max_tokens=2", "--knowledge_base", str(knowledge)]
+    save_stage(tmp_path, "base")
+    chat_cli([*ask, "--source", "base"])  # a base model chats when it has documents
+    assert "stage base" in caplog.text
+    save_stage(tmp_path, "rag")
+    save_stage(tmp_path, "sft")
+    caplog.clear()
+    chat_cli(ask)
+    assert "never trained" not in caplog.text
+    chat_cli([*ask, "--source", "sft"])
+    assert "stage sft" in caplog.text
+
+
+def test_wrong_flags_with_documents(out, knowledge, tmp_path):
+    common = ["-p", "Torwick?", "--out_dir", str(out)]
+    with pytest.raises(UsageError, match="does not exist"):
+        chat_cli([*common, "--knowledge_base", str(tmp_path / "nothing")])
+    with pytest.raises(UsageError, match="a text is continued without documents"):
+        chat_cli([*common, "--knowledge_base", str(knowledge), "--mode", "text"])
+    with pytest.raises(UsageError, match="top_k 0"):
+        chat_cli([*common, "--knowledge_base", str(knowledge), "--documents", "0"])
+    with pytest.raises(UsageError, match="psychic"):
+        chat_cli([*common, "--knowledge_base", str(knowledge), "--retriever_type", "psychic"])
+    (tmp_path / "kb" / "manifest.json").parent.mkdir()
+    (tmp_path / "kb" / "manifest.json").write_text("{")
+    with pytest.raises(NanochatError, match="manifest"):
+        chat_cli([*common, "--knowledge_base", str(tmp_path / "kb")])

@@ -156,7 +156,8 @@ def test_documents_come_first_then_the_conversation_without_old_citations():
     assert answer.query == "Where was she born? Torwick Mara Velt"
     assert [d.id for d in answer.documents] == ["torwick", "mara"]
     prompt = chat.model.prompt
-    order = ["Be brief.", "<|retrieval_start|>", "founded by", "Fairfield", "Who founded", "Mara Velt.<|assistant", "Where was"]
+    order = ["Be brief.", "<|retrieval_start|>", "founded by", "Fairfield", "Who founded"]
+    order += ["Mara Velt.<|assistant", "Where was"]
     places = [prompt.index(part) for part in order]
     assert places == sorted(places)
     assert "[1]" not in prompt
