@@ -10,6 +10,7 @@ from nanochat import checkpoint
 from nanochat.data.corpus import open_corpus
 from nanochat.tokenizer import Tokenizer
 from nanochat.training.commands import train_base, train_mid, train_sft
+from nanochat.training.rag import RagSettings, train_rag
 from nanochat.training.settings import BaseSettings, MidSettings, SFTSettings
 
 WORLD = "world:seed=0,known=10,wordings=4"
@@ -21,7 +22,7 @@ COMMON = {
     "run": "tiny", "device": "cpu", "dtype": "float32", "device_batch_size": 2, "eval_tokens": 128, "eval_every": 4,
     "save_every": 3, "log_every": 1, "num_iterations": 10,
 }  # fmt: skip
-STAGES = ("base", "mid", "sft")
+STAGES = ("base", "mid", "sft", "rag")
 
 
 def make_tokenizer(root: Path) -> Tokenizer:
@@ -36,11 +37,14 @@ def settings(stage: str, root: Path, **options: Any) -> Any:
         return BaseSettings(**{**given, **SHAPE, "data": WORLD, **options})
     if stage == "mid":
         return MidSettings(**{**given, "data": WORLD, "tasks": QUESTIONS, **options})
+    if stage == "rag":
+        contexts = "n=40,documents=2,questions=2"
+        return RagSettings(**{**given, "contexts": contexts, "sequence_len": 256, "source": "base", **options})
     return SFTSettings(**{**given, "tasks": QUESTIONS, "source": "base", **options})
 
 
 def train(stage: str, root: Path, **options: Any) -> dict[str, float]:
-    command: Any = {"base": train_base, "mid": train_mid, "sft": train_sft}[stage]
+    command: Any = {"base": train_base, "mid": train_mid, "sft": train_sft, "rag": train_rag}[stage]
     return command(settings(stage, root, **options))
 
 

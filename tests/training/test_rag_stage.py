@@ -1,0 +1,76 @@
+"""The RAG stage: what it trains on, and everything that is wrong said at once before it starts."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny import copy_run, settings, train
+
+from nanochat.errors import UsageError
+from nanochat.rag.tasks import RagWorld
+from nanochat.tasks.task import Curriculum
+from nanochat.tokenizer import Tokenizer
+from nanochat.training.rag import rag_tasks, validate
+
+
+def test_contexts_begin_with_one_document(tmp_path: Path) -> None:
+    given = settings("rag", tmp_path, contexts="n=40,documents=3,questions=2,seed=4", first=0.25)
+    course, val = rag_tasks(given, Tokenizer([bytes([i]) for i in range(256)]), None, [])
+    assert isinstance(course, Curriculum)
+    sizes = [len(course[i]["messages"][0]["content"]) for i in range(len(course))]
+    assert set(sizes[:10]) == {1}
+    assert max(sizes[10:]) == 3
+    assert isinstance(val, RagWorld)
+    held = {part["text"] for i in range(len(val)) for part in val[i]["messages"][0]["content"]}
+    seen = {part["text"] for i in range(40) for part in course[i]["messages"][0]["content"]}
+    assert not held & seen
+
+
+def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
+    questions = tmp_path / "train.jsonl"
+    questions.write_text('{"question": "a", "answer": "b"}\n{"question": 3}\n')
+    given = settings(
+        "rag", tmp_path, contexts="dokuments=3", knowledge_base=str(tmp_path / "none"), tasks=("nothing",)
+    )
+    with pytest.raises(UsageError) as error:
+        validate(given)
+    text = str(error.value)
+    assert "dokuments" in text
+    assert "documents" in text
+    assert str(tmp_path / "none") in text
+    assert "line 2" in text
+    assert "unknown task 'nothing'" in text
+    assert len(text.splitlines()) >= 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"contexts": ""}, "nothing to train on"),
+        ({"top_k": 0}, "--top_k 0"),
+        ({"absent": 1.0}, "--absent 1.0"),
+    ],
+)
+def test_settings_that_make_no_sense(tmp_path: Path, options: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        settings("rag", tmp_path, **options).check()
+
+
+def test_questions_against_a_knowledge_base(finished: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tantivy")
+    from nanochat.retrieval import Document, KnowledgeBase
+
+    copy_run(finished, tmp_path, "tokenizer", "base")
+    base = tmp_path / "rag" / "knowledge_base"
+    with KnowledgeBase.create(base, kind="bm25") as kb:
+        kb.add([Document(f"d{i}", f"The colour of thing{i} is shade{i}.", f"thing{i}") for i in range(30)])
+    lines = [
+        {"question": f"colour of thing{i}", "answer": f"shade{i}", "gold": [f"d{i}"]} for i in range(30)
+    ]
+    (base.parent / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    metrics = train("rag", tmp_path, contexts="", knowledge_base=str(base), top_k=2, num_iterations=4)
+    assert metrics["tokens"] > 0
+    lines[3]["gold"] = ["nowhere"]
+    (base.parent / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(UsageError, match=r"1 of 30 gold documents are not in .*nowhere"):
+        train("rag", tmp_path, contexts="", knowledge_base=str(base), top_k=2)
