@@ -148,7 +148,7 @@ def content_hash(*texts: str) -> bytes:
     """16 bytes that two lists of texts share only when they are equal: blake2b over their lengths and UTF-8.
 
     Raises UnicodeEncodeError on lone surrogates; `clean_text` comes first."""
-    lengths = ",".join([str(len(text)) for text in texts])
+    lengths = ",".join(map(str, map(len, texts)))
     return blake2b(f"{lengths}:{''.join(texts)}".encode(), digest_size=16).digest()
 
 

@@ -12,6 +12,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from json.scanner import make_scanner
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -32,6 +33,7 @@ def _refuse(name: str) -> None:
 
 
 _DECODER = json.JSONDecoder(parse_constant=_refuse)
+_SCAN: Callable[[str, int], tuple[Any, int]] = make_scanner(_DECODER)
 _PLAIN = frozenset(("id", "title", "content", "source", "metadata"))
 
 
@@ -80,7 +82,13 @@ def file_list(files: str | Path | Iterable[str | Path]) -> list[Path]:
 def parse(line: str | bytes) -> Document:
     """The document of a line. Raises ValueError, which says what is wrong with it."""
     try:
-        record = _DECODER.decode(line.decode("utf-8-sig") if isinstance(line, bytes) else line)
+        text = line.decode().lstrip("\ufeff") if isinstance(line, bytes) else line
+        try:
+            record, end = _SCAN(text, 0)  # what `decode` does, in less than half of the time
+        except StopIteration:
+            end = -1
+        if text[end:] not in ("", "\n"):
+            record = _DECODER.decode(text)
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 ({error.reason} at byte {error.start})") from None
     except json.JSONDecodeError as error:
@@ -92,6 +100,9 @@ def parse(line: str | bytes) -> Document:
 
 def from_record(record: dict[str, Any]) -> Document:
     """A document from such an object. Raises ValueError."""
+    document = _usual(record)
+    if document is not None:
+        return document
     values: dict[str, str] = {}
     used = set()
     for field, names in NAMES.items():
@@ -111,6 +122,21 @@ def from_record(record: dict[str, Any]) -> Document:
         metadata = {**{k: v for k, v in record.items() if k not in used and k != "metadata"}, **metadata}
     name = values.get("id") or _name_by_content(values, metadata)
     return Document(name, values["content"], values.get("title", ""), values.get("source", ""), metadata)
+
+
+def _usual(record: dict[str, Any]) -> Document | None:
+    """The document of a record with the usual fields and no other, as fast as can be."""
+    get = record.get
+    name, content = get("id") or get("_id"), get("content") or get("text")
+    title, source, metadata = get("title", ""), get("source", ""), get("metadata", {})
+    n_fields = 2 + ("title" in record) + ("source" in record) + ("metadata" in record)
+    if (
+        len(record) == n_fields
+        and type(name) is type(content) is type(title) is type(source) is str
+        and type(metadata) is dict
+    ):
+        return Document(name, content, title, source, metadata)
+    return None
 
 
 def _text(name: str, value: Any, number: bool) -> str:

@@ -67,10 +67,11 @@ def check(document: Document) -> Ready:
         id_hash = hash_id(document.id)
     except UnicodeEncodeError:
         raise UsageError(f"the document id {document.id!r:.60} holds half a character (a lone surrogate)") from None
-    for name in ("content", "title", "source"):
-        check_text(getattr(document, name), f"the {name} of document {document.id!r:.60}")
+    if not type(document.content) is type(document.title) is type(document.source) is str:
+        for name in ("content", "title", "source"):
+            check_text(getattr(document, name), f"the {name} of document {document.id!r:.60}")
     try:
-        metadata = metadata_json(document.metadata)
+        metadata = metadata_json(document.metadata) if document.metadata else ""
     except (TypeError, ValueError, RecursionError) as error:
         raise UsageError(f"the metadata of document {document.id!r:.60} is not JSON: {error}") from None
     try:

@@ -243,7 +243,7 @@ class Writer:
             if metadata:
                 fields.append((row, document.metadata))
             for at, text in enumerate(passage_texts(document, cuts), row):
-                if text and not text.isspace():
+                if text and not text.isspace():  # else there is nothing to find it by
                     rows.append(at)
                     texts.append(text)
             self._rows_by_id[document.id] = row
