@@ -24,7 +24,7 @@ from nanochat.retrieval import display, formats, manifest, verification
 from nanochat.retrieval.conditions import parse_conditions
 from nanochat.retrieval.document import Document, Hit
 from nanochat.retrieval.jsonl import ON_ERROR, file_list
-from nanochat.retrieval.knowledge_base import KnowledgeBase
+from nanochat.retrieval.knowledge_base import KINDS, KnowledgeBase
 from nanochat.retrieval.metrics import DEFAULT_METRICS
 from nanochat.retrieval.rerank import make_reranker
 from nanochat.retrieval.settings import (
@@ -94,9 +94,9 @@ def build(settings: BuildSettings) -> None:
     _need(settings, "documents", "build --documents FILE --output DIR")
     _need(settings, "output", "build --documents FILE --output DIR")
     _check_choices(settings)
-    sources(settings.documents)
-    if settings.on_duplicate not in ON_DUPLICATE:
-        raise UsageError(f"--on_duplicate {settings.on_duplicate}: choose from {', '.join(ON_DUPLICATE)}")
+    if settings.type not in KINDS:
+        raise UsageError(f"--type {settings.type}: choose from {', '.join(KINDS)}")
+    sources(settings.documents)  # says now what is not there
     with _made(settings) as base:
         ingest(base, settings, settings.on_duplicate)
         stats = base.stats()
@@ -140,8 +140,6 @@ def _differences(saved: dict[str, Any], settings: BuildSettings) -> list[str]:
 
 
 def add(settings: AddSettings) -> None:
-    if settings.on_duplicate not in ON_DUPLICATE:
-        raise UsageError(f"--on_duplicate {settings.on_duplicate}: choose from {', '.join(ON_DUPLICATE)}")
     _add(settings, "add", settings.on_duplicate)
 
 
@@ -344,6 +342,9 @@ def _check_choices(settings: IngestSettings) -> None:
         raise UsageError(f"--on_error {settings.on_error}: choose from {', '.join(ON_ERROR)}")
     if settings.commit_every < 1:
         raise UsageError(f"--commit_every {settings.commit_every}: must be at least 1")
+    on_duplicate = getattr(settings, "on_duplicate", ON_DUPLICATE[0])
+    if on_duplicate not in ON_DUPLICATE:
+        raise UsageError(f"--on_duplicate {on_duplicate}: choose from {', '.join(ON_DUPLICATE)}")
 
 
 def version_of(text: str) -> int | str | None:

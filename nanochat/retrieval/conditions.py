@@ -11,8 +11,8 @@ from nanochat.errors import UsageError
 from nanochat.retrieval.document import Filter
 from nanochat.retrieval.filters import OWN_FIELDS, check
 
-_CONDITION = re.compile(r"([^=<>!]+)(>=|<=|!=|=|>|<)(.*)", re.DOTALL)
-_OPERATORS = {"=": "in", "!=": "ne", ">": "gt", ">=": "gte", "<": "lt", "<=": "lte"}
+_CONDITION = re.compile(r"([^=<>!]+)(>=|<=|!=|==?|>|<)([^=<>].*|)", re.DOTALL)
+_OPERATORS = {"=": "in", "==": "in", "!=": "ne", ">": "gt", ">=": "gte", "<": "lt", "<=": "lte"}
 
 
 def parse_conditions(texts: Sequence[str]) -> Filter | None:
