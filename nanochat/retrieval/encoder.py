@@ -22,8 +22,8 @@ FORMAT = 1  # of the model this file makes: part of the name under which it is c
 
 
 def convert(directory: Path, quantise: bool = True) -> bytes:
-    """The ONNX model of the BERT encoder in `directory`: input_ids and attention_mask (batch, length) int64 to
-    sentence_embedding (batch, width), of unit length. Raises UsageError for another kind of model."""
+    """The ONNX model of the BERT encoder in `directory`: input_ids (batch, length) int64, texts of one length without
+    padding, to sentence_embedding (batch, width), of unit length. Raises UsageError for another kind of model."""
     config = _json(directory / "config.json")
     if config.get("model_type") != "bert" or config.get("hidden_act") != "gelu":
         raise UsageError(
@@ -49,12 +49,13 @@ class _Converter:
         """The whole graph; `mean` pooling, or else the first token."""
         graph = self.graph
         ids = graph.input("input_ids", "int64", ["batch", "length"])
-        mask = graph.input("attention_mask", "int64", ["batch", "length"])
         x = self._embedding(ids)
-        mask32 = graph.node("Cast", mask, to=6)
         for i in range(self.layers):
-            x = self._layer(x, mask32, f"encoder.layer.{i}.")
-        pooled = self._mean(x, mask) if mean else self._first(x)
+            x = self._layer(x, f"encoder.layer.{i}.")
+        if mean:
+            pooled = graph.node("ReduceMean", x, axes=[1], keepdims=0)
+        else:
+            pooled = graph.node("Gather", x, graph.constant(0, "int64"), axis=1)
         graph.node("LpNormalization", pooled, axis=-1, p=2, name="sentence_embedding")
         graph.output("sentence_embedding", "float32", ["batch", self.width])
         return graph.serialize()
@@ -79,7 +80,8 @@ class _Converter:
         gamma, beta = (self._constant(prefix + name) for name in ("weight", "bias"))
         return self.graph.node("LayerNormalization", x, gamma, beta, axis=-1, epsilon=self.epsilon)
 
-    def _layer(self, x: str, mask: str, prefix: str) -> str:
+    def _layer(self, x: str, prefix: str) -> str:
+        """A block with its norms after the sums, as BERT has them."""
         graph = self.graph
         parts = [prefix + f"attention.self.{name}." for name in ("query", "key", "value")]
         qkv = self._product(x, np.concatenate([self.weights[part + "weight"] for part in parts]))
@@ -87,7 +89,7 @@ class _Converter:
         sizes = graph.constant([self.width] * 3, "int64")
         q = graph.node("Split", qkv, sizes, n=3, axis=2)
         attended = graph.node(
-            "MultiHeadAttention", q, f"{q}_1", f"{q}_2", bias, mask, domain=MICROSOFT, num_heads=self.heads
+            "MultiHeadAttention", q, f"{q}_1", f"{q}_2", bias, domain=MICROSOFT, num_heads=self.heads
         )
         x = self._residual(attended, x, prefix + "attention.output.")
         wide = self._product(x, self.weights[prefix + "intermediate.dense.weight"])
@@ -95,12 +97,10 @@ class _Converter:
         return self._residual(wide, x, prefix + "output.")
 
     def _residual(self, x: str, before: str, prefix: str) -> str:
-        """LayerNorm(before + x W + b)."""
+        """LayerNorm(before + x W + b). In three operators: ONNX Runtime's fused one is slower on CPUs."""
         y = self._product(x, self.weights[prefix + "dense.weight"])
-        constants = [self._constant(prefix + name) for name in ("LayerNorm.weight", "LayerNorm.bias", "dense.bias")]
-        return self.graph.node(
-            "SkipLayerNormalization", y, before, *constants, domain=MICROSOFT, epsilon=self.epsilon
-        )
+        y = self.graph.node("Add", y, self._constant(prefix + "dense.bias"))
+        return self._norm(self.graph.node("Add", y, before), prefix + "LayerNorm.")
 
     def _product(self, x: str, weight: np.ndarray) -> str:
         """x W^T for a weight (out, in), without the bias."""
@@ -109,25 +109,15 @@ class _Converter:
             return graph.node("MatMul", x, graph.constant(weight.T))
         scale = np.maximum(np.abs(weight).max(axis=1), 1e-9) / LEVELS
         codes = graph.constant(np.round(weight / scale[:, None]).T, "int8")
-        largest = graph.node("ReduceMax", graph.node("Abs", x), axes=[-1], keepdims=1)
-        largest = graph.node("Add", largest, graph.constant(1e-9))
+        highest, lowest = (graph.node(kind, x, axes=[-1], keepdims=1) for kind in ("ReduceMax", "ReduceMin"))
+        largest = graph.node("Max", highest, graph.node("Neg", lowest), graph.constant([1e-9]))  # of each token
         step, zero = graph.constant(1 / 127), graph.constant(128, "uint8")
-        rounded = graph.node("QuantizeLinear", graph.node("Div", x, largest), step, zero)
+        rounded = graph.node("Mul", x, graph.node("Reciprocal", largest))
+        rounded = graph.node("QuantizeLinear", rounded, step, zero)
         product = graph.node(
             "MatMulIntegerToFloat", rounded, codes, step, graph.constant(scale), zero, domain=MICROSOFT
         )
         return graph.node("Mul", product, largest)
-
-    def _mean(self, x: str, mask: str) -> str:
-        """The mean over tokens that are no padding."""
-        graph = self.graph
-        weight = graph.node("Cast", mask, to=1)
-        row = graph.node("Unsqueeze", weight, graph.constant([1], "int64"))  # (batch, 1, length)
-        summed = graph.node("MatMul", row, x)
-        return graph.node("Squeeze", summed, graph.constant([1], "int64"))  # the length is normalised away
-
-    def _first(self, x: str) -> str:
-        return self.graph.node("Gather", x, self.graph.constant(0, "int64"), axis=1)
 
     def _constant(self, name: str) -> str:
         return self.graph.constant(self.weights[name])

@@ -37,7 +37,7 @@ class Graph:
     def output(self, name: str, dtype: str, shape: Sequence[int | str]) -> None:
         self._outputs.append(_value(name, dtype, shape))
 
-    def constant(self, array: np.ndarray | Sequence[int] | float, dtype: str = "float32") -> str:
+    def constant(self, array: np.ndarray | Sequence[float] | float, dtype: str = "float32") -> str:
         """A constant tensor; returns its name."""
         data = np.ascontiguousarray(array, dtype=dtype) if np.ndim(array) else np.array(array, dtype=dtype)
         name = self._fresh("c")
