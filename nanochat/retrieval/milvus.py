@@ -71,7 +71,7 @@ class MilvusKnowledgeBase:
         self.lock_timeout = LOCK_TIMEOUT
         self.staging = staging_directory(connection.uri, collection)  # vectors of an ingestion that is under way
         self._history = History(connection, collection)
-        self._shape = _shape(settings)
+        self.shape = _shape(settings)  # how documents become rows
 
     # -- making and opening --------------------------------------------------------------------------------------------
 
@@ -241,7 +241,7 @@ class MilvusKnowledgeBase:
         """The best `k` passages for a query, or a list of them for each of several; see KnowledgeBase.search."""
         query = Query(k, filter, mode, normalize, unique, reranker, candidates)
         conditions = check(filter)
-        searcher = Searcher(self._call, self.collection, self._shape, self.settings, self._version)
+        searcher = Searcher(self._call, self.collection, self.shape, self.settings, self._version)
         if isinstance(queries, str):
             return answer(searcher, [queries], query, conditions, lambda: self.embedder)[0]
         return answer(searcher, queries, query, conditions, lambda: self.embedder)
@@ -273,7 +273,7 @@ class MilvusKnowledgeBase:
 
     def passages(self, document: Document) -> list[str]:
         """The texts that this knowledge base would index and embed for a document."""
-        return [passage.document.text for passage in passages(document, self._shape)]
+        return [passage.document.text for passage in passages(document, self.shape)]
 
     def versions(self) -> list[Version]:
         """All versions that can be searched, as of now, oldest first, with their tags."""
@@ -383,7 +383,7 @@ class MilvusKnowledgeBase:
         with self._alone():
             self.refresh()
             embedder = self.embedder if "embedder" in self.settings else None
-            writer = MilvusWriter(self._call, self.collection, self._shape, embedder, self._version, self.staging)
+            writer = MilvusWriter(self._call, self.collection, self.shape, embedder, self._version, self.staging)
             with contextlib.closing(writer):
                 writer.recover()
                 work(writer)

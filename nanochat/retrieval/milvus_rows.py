@@ -96,9 +96,10 @@ def indexes(shape: Shape, dense_index: str | None, local: bool) -> list[dict[str
     """For pymilvus. milvus-lite scans scalar fields as fast without an index, and knows none for arrays."""
     made: list[dict[str, Any]] = []
     if shape.lexical:
-        bm25 = {"bm25_k1": 1.2, "bm25_b": 0.75}
+        bm25 = {"bm25_k1": 1.2, "bm25_b": 0.75}  # those of the local index
+        params = {"params": bm25} if local else bm25  # pymilvus takes one level away, milvus-lite wants it
         kind = "SPARSE_INVERTED_INDEX"
-        made.append({"field_name": "sparse", "index_type": kind, "metric_type": "BM25", "params": bm25})
+        made.append({"field_name": "sparse", "index_type": kind, "metric_type": "BM25", "params": params})
     if shape.dimension:
         kind = dense_index or ("FLAT" if local else "AUTOINDEX")
         made.append({"field_name": "dense", "index_type": kind, "metric_type": "IP"})

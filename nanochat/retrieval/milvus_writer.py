@@ -141,6 +141,8 @@ class MilvusWriter:
             self._mark(self._call.rows(self._name, ranges, self._shape.fields), self._number)
         changed = sum(self.counts[name] for name in ("added", "updated", "deleted"))
         note = f"{note} {changed:,}"
+        if self._call.local and self._next > self._head.last_row + _SENT_ROWS:
+            self._call("flush", self._name)  # milvus-lite indexes rows that were flushed; a cluster does so by itself
         version = Version(self._number, time.time(), note, self._documents, self._passages, self._next - 1)
         History(self._call, self._name).put(version)
         self._committed = True
