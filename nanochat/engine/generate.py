@@ -205,8 +205,9 @@ class Engine:
         """`n` completions for each prompt (token ids): those of the first prompt, then those of the second…
 
         `prefix_cache`: go on from the beginnings of prompts that it holds, and store the states at each prompt's
-        `boundaries` (offsets; default: after each document). Prompts with nothing in common are read faster without.
-        Raises UsageError for an empty prompt or one longer than the model's context, or a cache of another model.
+        `boundaries` (offsets; default: after documents, see `prefix.document_boundaries`). Prompts with nothing in
+        common are read faster without. Raises UsageError for an empty prompt or one longer than the model's context, or
+        a cache of another model.
         """
         results: dict[int, Completion] = {}
         for steps in self._run(prompts, sampling or Sampling(), n, prefix_cache, boundaries):
@@ -256,7 +257,7 @@ class Engine:
         if prefixes is not None:
             prefixes.bind(self.model)
             if boundaries is None:
-                boundaries = [document_boundaries(prompt, self.tokenizer) for prompt in prompts]
+                boundaries = [document_boundaries(prompt, self.tokenizer, prefixes.spacing) for prompt in prompts]
             elif len(boundaries) != len(prompts):
                 raise UsageError(f"{len(boundaries)} lists of boundaries for {len(prompts)} prompts; give one for each")
         waiting = deque(range(len(prompts)))

@@ -66,7 +66,7 @@ def some_prompts(n: int, seed: int = 0) -> list[list[int]]:
 
 
 def test_ragged_batches_give_the_same_cold_warm_and_forked(model):
-    engine, prefixes = Engine(model, TOKENIZER, max_rows=5), PrefixCache()
+    engine, prefixes = Engine(model, TOKENIZER, max_rows=5), PrefixCache(spacing=0)
     prompts = some_prompts(9)
     expected = engine.generate_batch(prompts, GREEDY)
     for _ in range(2):  # the second time everything up to the questions comes from the cache
@@ -136,6 +136,15 @@ def test_boundaries_of_ones_own_and_long_passes(model, monkeypatch):
         assert found[0].ids == expected
     assert len(prefixes) == 3  # 7, 31, 50: the last token is never stored, nor what lies before a longer beginning
     assert [prefixes.get(ids[:n]).n for n in (6, 7, 30, 49, 50, 60)] == [0, 7, 7, 31, 50, 50]
+
+
+def test_where_snapshots_are_taken():
+    ids = prompt(["a" * 10, "b" * 50, "c" * 5, "d" * 5, "e" * 60, "f"], "Who?")
+    every = document_boundaries(ids, TOKENIZER)
+    assert [TOKENIZER.decode(ids[n - 2 : n]) for n in every] == [f"{c}<|doc_end|>" for c in "abcdef"]
+    assert document_boundaries(ids, TOKENIZER, 40) == [every[1], every[4], every[5]]
+    assert document_boundaries(ids, TOKENIZER, 1000) == [every[-1]]
+    assert document_boundaries([1, 2], TOKENIZER, 40) == []
 
 
 def test_what_grows_with_the_tokens_is_stored_once(model):
@@ -245,8 +254,9 @@ def test_threads_share_it(tiny):
 
 
 def test_wrong_use_is_refused(tiny):
-    with pytest.raises(UsageError, match="expected at least 0"):
-        PrefixCache(-1)
+    for options in ({"max_bytes": -1}, {"spacing": -1}):
+        with pytest.raises(UsageError, match="expected at least 0"):
+            PrefixCache(**options)
     prefixes = PrefixCache()
     with pytest.raises(UsageError, match="serves no model yet"):
         prefixes.get([1, 2])
