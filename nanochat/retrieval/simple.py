@@ -33,8 +33,8 @@ from nanochat.retrieval.index_files import link, make_directory, read_header, wr
 from nanochat.retrieval.vector_file import ArrayWriter
 
 FORMAT = 1
-RUN_POSTINGS = 2_000_000  # held in memory before a segment is written: about 100 MB
-MERGE_POSTINGS = 2_000_000  # merged at a time
+RUN_POSTINGS = 1_000_000  # held in memory before a segment is written: about 60 MB
+MERGE_POSTINGS = 1_000_000  # merged at a time
 FACTOR = 4  # a segment smaller than so many times its successor is merged with it
 _DTYPES = {"keys": "<u8", "starts": "<i8", "docs": "<i4", "weights": "<f4", "rows": "<i8"}
 
@@ -116,7 +116,7 @@ class SimpleIndex:
                 part[docs] += weight * segment.weights[starts[term] : ends[term]]
                 touched.append(docs + np.int64(first))
         if allowed is None:
-            best = _top(scores, np.concatenate(touched), len(known), k)
+            best = _top(scores, *_candidates(scores, touched, k), k)
         else:
             best = _top(scores, self._places(segments, allowed), 1, k)
         return Found(self._rows(segments, best), scores[best])
@@ -144,9 +144,19 @@ class SimpleIndex:
         return rows
 
 
+def _candidates(scores: np.ndarray, touched: list[np.ndarray], k: int) -> tuple[np.ndarray, int]:
+    """Places that hold the k best, and how often one may be among them. Selecting among all scores is slow when most
+    are 0, so few words give the places that they touch; many give those as good as the k-th best of a rare word's."""
+    if sum(map(len, touched)) > len(scores) // 4:
+        few = min((places for places in touched if len(places) >= k), key=len, default=None)
+        if few is not None:
+            return np.flatnonzero(scores >= np.partition(scores[few], len(few) - k)[len(few) - k]), 1
+    return np.concatenate(touched), len(touched)
+
+
 def _top(scores: np.ndarray, places: np.ndarray, repeats: int, k: int) -> np.ndarray:
-    """The k places with the highest scores above 0, best first, of equal ones the lower first. Each is given at most
-    `repeats` times. Only these are looked at: selecting among all scores, most of them 0, is slow."""
+    """The k of these places with the highest scores above 0, best first, of equal ones the lower first. Each place is
+    given at most `repeats` times."""
     values = scores[places]
     if len(values) > k * repeats:  # the best k * repeats hold k different places, and their like are kept too
         cut = len(values) - k * repeats
