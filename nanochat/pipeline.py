@@ -1,11 +1,13 @@
-"""The quickstart: tokenizer, base, mid, SFT, evaluation and report in a row, from the embedded tiny world.
+"""The quickstart: tokenizer, base, mid, SFT, RAG, evaluation and report in a row, from the embedded tiny world.
 
 Every stage resumes by itself, so an interrupted quickstart goes on where it stopped. Nothing is fetched from a network.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -15,16 +17,26 @@ from typing import Any
 
 from nanochat import config, runtime
 from nanochat.checkpoint import latest, read_meta
+from nanochat.data.corpus import open_world
+from nanochat.data.spec import read_options, split_spec
+from nanochat.data.world import World
 from nanochat.engine.load import load_checkpoint
 from nanochat.errors import NanochatError, UsageError
 from nanochat.evaluation.chat import TaskResult, evaluate
 from nanochat.evaluation.commands import BaseEvalSettings, evaluate_base
 from nanochat.evaluation.metrics import Metric, exact, table
+from nanochat.evaluation.rag import Options, measure_rag
+from nanochat.evaluation.rag_questions import world_questions
+from nanochat.rag.knowledge import Knowledge, open_knowledge
+from nanochat.rag.tasks import as_document
 from nanochat.report import write_report
 from nanochat.runtime import log
 from nanochat.tasks.registry import open_task
 from nanochat.training.commands import TokenizerSettings, run_dir, train_base, train_mid, train_sft, train_tokenizer
+from nanochat.training.rag import RagSettings, train_rag
 from nanochat.training.settings import BaseSettings, MidSettings, SFTSettings
+
+WORLD_OPTIONS = {"seed": int, "known": int, "new": int}
 
 
 @dataclass(frozen=True)
@@ -42,11 +54,15 @@ class Profile:
     base_steps: int
     mid_steps: int
     sft_steps: int
+    rag_steps: int
+    rag_rows: int
+    rag_documents: int  # in a prompt, at most
 
 
+RAG_LEN = 1024  # tokens of a row of contexts
 PROFILES = {
-    "cpu": Profile(120, 1000, 40, 1024, 4, 128, 256, 8, 400, 500, 50),
-    "gpu": Profile(1000, 8000, 60, 2048, 6, 384, 512, 32, 1200, 1000, 100),
+    "cpu": Profile(120, 1000, 40, 1024, 4, 128, 256, 8, 400, 500, 50, 1600, 1, 3),
+    "gpu": Profile(1000, 8000, 60, 2048, 6, 384, 512, 32, 1200, 1000, 100, 4000, 8, 5),
 }
 
 
@@ -76,6 +92,10 @@ class QuickstartSettings:
     """dtype of activations: auto, float32, bfloat16 or float16"""
     scale: float = 1.0
     """factor on the steps of every stage"""
+    rag: bool = True
+    """also train on documents in the prompt, and build a knowledge base of people the model never heard of"""
+    rag_questions: int = 500
+    """questions of each kind about the knowledge base at most"""
 
 
 @dataclass(frozen=True)
@@ -86,6 +106,8 @@ class Plan:
     base: BaseSettings
     mid: MidSettings
     sft: SFTSettings
+    rag: RagSettings
+    rag_world: str
     evaluation: dict[str, str]
 
 
@@ -125,11 +147,23 @@ def plan(settings: QuickstartSettings) -> Plan:
         ),
         MidSettings(**common, data=text, data_share=0.5, tasks=tasks, num_iterations=steps(p.mid_steps)),
         SFTSettings(**common, tasks=tasks, num_iterations=steps(p.sft_steps)),
+        RagSettings(
+            **{**common, "sequence_len": RAG_LEN, "device_batch_size": p.rag_rows, "save_every": 200,
+               "total_batch_size": p.rag_rows * RAG_LEN},
+            source="sft", contexts=f"seed={settings.world_seed},n={rag_contexts(p, settings.scale)},"
+            f"documents={p.rag_documents},questions=12", num_iterations=steps(p.rag_steps), top_k=p.rag_documents,
+        ),
+        f"world:seed={settings.world_seed + 1},known=10,new={p.new}",
         {
             "closed_book_known_em": f"world-qa:{world},split=known,{asked},style=sentence",
             "closed_book_new_abstain": f"world-qa:{world},split=new,{asked}",
         },
     )  # fmt: skip
+
+
+def rag_contexts(p: Profile, scale: float) -> int:
+    """How many contexts the RAG stage reads: one fills about 540 tokens."""
+    return max(20, round(scale * p.rag_steps * p.rag_rows * RAG_LEN / 540))
 
 
 class Clock:
@@ -167,6 +201,8 @@ def run_quickstart(settings: QuickstartSettings) -> dict[str, Metric]:
         ("mid", lambda: train_mid(todo.mid)),
         ("sft", lambda: train_sft(todo.sft)),
     ]
+    if settings.rag:
+        stages.append(("rag", lambda: train_rag(todo.rag)))
     for name, train in stages:
         if complete(directory / name):
             log.info("%s: complete", name)
@@ -175,8 +211,13 @@ def run_quickstart(settings: QuickstartSettings) -> dict[str, Metric]:
         trained = read_meta_of(directory / name)["metrics"]["train_seconds"]  # a killed call left no time of its own
         clock.seconds[name] = max(clock.seconds.get(name, 0.0), trained)
     metrics, samples = clock.time("evaluation", lambda: measure(settings, todo, directory))
+    if settings.rag:
+        found, more = clock.time("rag_evaluation", lambda: measure_grounded(settings, todo, directory))
+        metrics |= found
+        samples += more
+        metrics["rag_seconds"] = exact(clock.seconds["rag"] + clock.seconds["rag_evaluation"])
     metrics |= {
-        "train_seconds": exact(sum(clock.seconds.values())),
+        "train_seconds": exact(sum(s for name, s in clock.seconds.items() if not name.startswith("rag"))),
         "tokens_per_second": exact(read_meta_of(directory / "base")["metrics"]["tokens_per_second"]),
     }
     extra = {"samples": samples, "timings": clock.seconds, "settings": asdict(settings)}
@@ -192,7 +233,7 @@ def remember(settings: QuickstartSettings, directory: Path) -> None:
     path = directory / "quickstart.json"
     if path.exists():
         before = config.load(QuickstartSettings, path)
-        free = {"eval_seed", "eval_questions", "out_dir"}
+        free = {"eval_seed", "eval_questions", "rag_questions", "out_dir"}
         changed = [k for k in config.differences(before, settings) if k not in free]
         if changed:
             shown = ", ".join(f"--{k} was {getattr(before, k)} and is {getattr(settings, k)}" for k in changed)
@@ -234,6 +275,34 @@ def measure(
     return metrics, samples
 
 
+def measure_grounded(
+    settings: QuickstartSettings, todo: Plan, directory: Path
+) -> tuple[dict[str, Metric], list[dict[str, Any]]]:
+    """Questions about a world that no stage has seen, to the RAG model with a knowledge base of that world."""
+    world = open_world(read_options(todo.rag_world, split_spec(todo.rag_world)[1], WORLD_OPTIONS))
+    knowledge = build_knowledge(directory / "knowledge_base", world)
+    chat = load_checkpoint(str(directory / "rag"), device=settings.device, dtype=settings.dtype)
+    questions = world_questions(world, settings.rag_questions, settings.rag_questions, settings.eval_seed)
+    options = Options(top_k=todo.rag.top_k, n_latency=0, seed=settings.eval_seed, progress=True)
+    result = measure_rag(chat.model, chat.tokenizer, knowledge, questions, options)
+    return result.metrics(), result.samples(6)
+
+
+def build_knowledge(path: Path, world: World) -> Knowledge:
+    """The documents of all new entities of a world as a knowledge base (made once). Without the `rag` extra it is one
+    that needs numpy only."""
+    from nanochat.retrieval import KnowledgeBase
+
+    if not path.exists():
+        kind = "bm25" if importlib.util.find_spec("tantivy") else "simple"
+        unfinished = path.with_name(path.name + ".part")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        with KnowledgeBase.create(unfinished, kind=kind) as base:
+            base.add(as_document(record) for record in world.documents("new"))
+        unfinished.rename(path)
+    return open_knowledge(path)
+
+
 def quickstart(argv: list[str] | None = None) -> None:
     """The command `nanochat quickstart`."""
     settings = config.parse(QuickstartSettings, argv, prog="nanochat quickstart")
@@ -246,3 +315,15 @@ def quickstart(argv: list[str] | None = None) -> None:
     question = open_task(plan(settings).evaluation["closed_book_known_em"])[0]["messages"][0]["content"]
     command = Path(sys.prefix) / "bin" / "nanochat"
     runtime.print0(f"talk to it: {command} chat_cli --run {settings.run} --temperature 0 -p {json.dumps(question)}")
+    if settings.rag:
+        base = directory / "knowledge_base"
+        runtime.print0(
+            f"ask about documents: {command} chat_cli --run {settings.run} --source rag --knowledge_base {base} "
+            f"--top_k {plan(settings).rag.top_k} --temperature 0 -p {json.dumps(ask_example(plan(settings)))}"
+        )
+
+
+def ask_example(todo: Plan) -> str:
+    """A question that the knowledge base answers."""
+    world = open_world(read_options(todo.rag_world, split_spec(todo.rag_world)[1], WORLD_OPTIONS))
+    return next(world.questions(1, "new", "heldout", 0, 1)).text

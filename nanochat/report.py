@@ -25,7 +25,7 @@ from nanochat.model.lm import LM
 from nanochat.report_html import page
 from nanochat.runtime import log
 
-STAGES = ("base", "mid", "sft")  # the order of stages; others follow by name
+STAGES = ("base", "mid", "sft", "rag")  # the order of stages; others follow by name
 RANKED = {"base_eval": STAGES, "chat_eval": STAGES[::-1]}  # whose metric keeps its plain name, if stages share it
 
 

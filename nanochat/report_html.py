@@ -23,6 +23,7 @@ STAGE_TITLES = {
     "base": "Base: pretraining on raw text",
     "mid": "Mid: text and conversations",
     "sft": "SFT: fine-tuning on conversations",
+    "rag": "RAG: fine-tuning on documents in the prompt",
 }
 SHARES = ("_accuracy", "_abstained", "_abstain", "_em", "_always_first", "_random_weights", "_chance", "_share")
 BLOCKS = {"T": (0, "attention"), "M": (1, "Mamba"), "M2": (2, "Mamba-2")}

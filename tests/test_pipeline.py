@@ -9,7 +9,7 @@ from nanochat.errors import UsageError
 from nanochat.pipeline import PROFILES, Profile, QuickstartSettings, plan, run_quickstart
 from nanochat.tasks.registry import open_task
 
-TINY = Profile(16, 40, 3, 400, 1, 32, 64, 2, 3, 3, 2)
+TINY = Profile(16, 40, 3, 400, 1, 32, 64, 2, 3, 3, 2, 2, 1, 2)
 
 
 @pytest.fixture
@@ -18,13 +18,18 @@ def tiny(monkeypatch):
 
 
 def settings(tmp_path, **more):
-    return QuickstartSettings(out_dir=str(tmp_path), run="r", device="cpu", profile="cpu", eval_questions=6, **more)
+    given = {"eval_questions": 6, "rag_questions": 3, **more}
+    return QuickstartSettings(out_dir=str(tmp_path), run="r", device="cpu", profile="cpu", **given)
 
 
 def test_ends_with_a_report(tiny, tmp_path):
     metrics = run_quickstart(settings(tmp_path, pattern="transformer"))
     found = json.loads((tmp_path / "r" / "report.json").read_text())["metrics"]
-    for name in ("train_seconds", "closed_book_known_em", "closed_book_new_abstain", "val_bpb", "tokens_per_second"):
+    for name in (
+        "train_seconds", "closed_book_known_em", "closed_book_new_abstain", "val_bpb", "tokens_per_second",
+        "closed_book_new_em", "rag_em", "rag_gold_em", "rag_shuffled_em", "hallucination_rate",
+        "abstain_unanswerable", "rag_seconds",
+    ):  # fmt: skip
         assert set(found[name]) >= {"value", "n", "low", "high"}
         assert found[name]["value"] == pytest.approx(metrics[name].value)
         assert found[name]["low"] <= found[name]["value"] <= found[name]["high"]
@@ -43,7 +48,7 @@ def test_second_call_goes_on_where_the_first_stopped(tiny, tmp_path, monkeypatch
     run_quickstart(settings(tmp_path))
     assert (tmp_path / "r" / "base" / "step_000003" / "meta.json").stat().st_mtime_ns == base
     timings = json.loads((tmp_path / "r" / "timings.json").read_text())
-    assert set(timings) == {"tokenizer", "base", "mid", "sft", "evaluation"}
+    assert set(timings) == {"tokenizer", "base", "mid", "sft", "rag", "evaluation", "rag_evaluation"}
 
 
 def test_other_settings_in_the_same_run_are_refused(tiny, tmp_path):
@@ -67,3 +72,15 @@ def test_no_evaluated_question_is_trained_on():
         task = open_task(spec)
         asked = {(task[i]["entity"], task[i]["relation"]) for i in range(100)}
         assert not asked & trained
+
+
+def test_the_world_of_the_knowledge_base_is_one_that_no_stage_has_seen():
+    todo = plan(QuickstartSettings(profile="cpu", world_seed=7))
+    assert "seed=8," in todo.rag_world
+    assert all("seed=7," in text for text in (todo.base.data, *todo.mid.tasks, *todo.sft.tasks))
+
+
+def test_without_rag_nothing_of_it_is_made(tiny, tmp_path):
+    metrics = run_quickstart(settings(tmp_path, rag=False))
+    assert "rag_em" not in metrics
+    assert not (tmp_path / "r" / "knowledge_base").exists()
