@@ -236,12 +236,13 @@ class Asker:
         right = not abstained and is_right(
             text, q.answers, question=q.question, sentences=sentences, evidence=evidence
         )
-        f1 = 0.0 if abstained else answer_f1(text, q.answers, question=q.question, sentences=sentences)
+        f1 = 1.0 if right else 0.0 if abstained else answer_f1(text, q.answers, q.question)
         holding = {i for i, d in enumerate(p.documents, 1) if any(contains_answer(d.text, a) for a in q.answers)}
         gold = {i for i, d in enumerate(p.documents, 1) if d.id in q.gold}
         stating = gold if q.gold else holding
         cited = [n for sentence in answer.sentences for n in sentence.cited]
         good = stating if right else set()
+        rests_on = cited or range(1, len(p.documents) + 1)  # as rag.support sees it
         return Judged(
             number=number, question=q, answer=answer.render() or text, right=right, f1=f1, abstained=abstained,
             documents=tuple(d.title or d.id for d in p.documents),
@@ -251,11 +252,11 @@ class Asker:
             sentences=0 if abstained else len(answer.sentences),
             cited_sentences=sum(not good.isdisjoint(s.cited) for s in answer.sentences),
             gold_found=len({p.documents[i - 1].id for i in gold}), answer_found=bool(holding),
-            score=self.score(p, answer), cut=p.cut,
+            supported=not good.isdisjoint(rests_on), score=self.score(p, answer), cut=p.cut,
         )  # fmt: skip
 
     def score(self, p: Prepared, answer: Answer) -> float:
-        """The hallucination score that rag.support gives, which does not know the gold answer."""
+        """The hallucination score that rag.support gives, without knowing the gold answer."""
         if not p.documents:
             return 0.0 if answer.abstained else 1.0
         more: dict[str, Any] = {}

@@ -36,7 +36,8 @@ class Judged(NamedTuple):
     cited_sentences: int  # with a right citation
     gold_found: int  # gold documents in the prompt
     answer_found: bool  # some document in the prompt holds the answer's words
-    score: float  # rag.support's hallucination score
+    supported: bool  # right, and a document that it cites states it (any document where it cites none)
+    score: float  # rag.support's hallucination score, to be compared with that
     cut: bool
 
 
@@ -136,7 +137,7 @@ def summarize(judged: Sequence[Judged], condition: str, seed: int = 0) -> dict[s
         found["retrieval_all_gold"] = share(whole, len(known))
     if answerable:
         found["answer_in_prompt"] = share(sum(j.answer_found for j in answerable), len(answerable))
-    labels = [not j.hallucinated for j in given]
+    labels = [j.supported for j in given]
     if condition == "rag" and any(labels) and not all(labels):
         quality = reliability([1 - j.score for j in given], labels)
         found |= {"support_auc": exact(quality.auc, quality.n), "support_ece": exact(quality.ece, quality.n)}

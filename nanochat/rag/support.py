@@ -3,8 +3,8 @@
 lexical     how much of the sentence one passage of a document says: content words, names and numbers above all, in
             their order; what the sentence adds to the question counts most (`lexical_support`)
 embedding   cosine of the sentence and the nearest passage, under any `Embedder`
-contrast    how many nats a token the documents add to the answer's likelihood under the model itself (`contrast`), the
-            ratio of context-aware decoding (Shi et al. 2023, arXiv 2305.14739)
+contrast    how much of the model's own surprise at the sentence the documents take away (`explained`): its likelihood
+            with and without them, the two sides of context-aware decoding (Shi et al. 2023, arXiv 2305.14739)
 
 A logistic function fitted to examples makes one probability of the signs that were measured (`calibration.py`). An
 external judge (`judges.py`) may take its place.
@@ -13,9 +13,10 @@ external judge (`judges.py`) may take its place.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -30,12 +31,13 @@ from nanochat.retrieval.document import Document, Embedder
 from nanochat.retrieval.english import STOP_WORDS, stem
 from nanochat.tokenizer import Tokenizer
 
+T = TypeVar("T")
 SUPPORTED = 0.5  # a sentence whose score reaches this counts as supported
 
 
 class Support(NamedTuple):
-    """Of one sentence. `score`: the probability, 0 to 1, that the documents support it; then its parts, None where it
-    was not measured."""
+    """Of one sentence. `score`: the probability, 0 to 1, that the documents support it; then its parts, None where one
+    was not measured. `contrast` is `explained`: at most 1."""
 
     score: float
     lexical: float
@@ -96,39 +98,62 @@ def sentences(text: str) -> list[str]:
     return [piece.strip() for piece in _SENTENCE_END.split(text) if piece and piece.strip()]
 
 
-def passages(document: Document) -> Iterator[str]:
-    """What a claim may rest on: each sentence of the document and each two neighbours, under the title."""
-    said = sentences(document.content)
-    spans = [*said, *(f"{a} {b}" for a, b in pairwise(said))]
-    for span in spans or [""]:
-        yield f"{document.title}\n{span}" if document.title else span
+class Passage(NamedTuple):
+    """What a claim may rest on, read."""
+
+    said: list[Word]
+    held: Counter[str]  # stem -> how often one sentence says it
+    named: frozenset[str]  # stems that are written with a capital
+
+    @classmethod
+    def of(cls, parts: Sequence[list[Word]]) -> Passage:
+        held: Counter[str] = Counter()
+        for part in parts:
+            held |= Counter(word.stem for word in part)
+        said = [word for part in parts for word in part]
+        return cls(said, held, frozenset(word.stem for word in said if word.capital))
+
+
+def passages(document: Document) -> list[str]:
+    """Each sentence of the document and each two neighbours, under the title."""
+    said = sentences(document.content) or [""]
+    return ["\n".join(filter(None, [document.title, *span])) for span in _spans(said)]
+
+
+def _spans(said: Sequence[T]) -> list[tuple[T, ...]]:
+    return [*((one,) for one in said), *pairwise(said)]
 
 
 def lexical_support(sentence: str, documents: Sequence[Document], question: str = "") -> float:
     """How much of the sentence the best passage of the documents says, 0 to 1; 1 for a sentence that it repeats.
 
-    The share of the sentence's words that the passage holds, by weight; times the share of those words that the
-    question does not hold (what the answer *adds* has to come from somewhere); less up to ORDER_SHARE where the order
-    differs; halved for each name or number that the passage lacks, and a quarter where only one of the two is negated.
-    Two documents count together when they share a name, as the hops of a chain do. A paraphrase scores lower than a
-    quotation, and a false word among many true ones lowers the score little unless the question is given.
+    The share of the sentence's words that the passage holds, by weight (a word said twice has to be there twice); times
+    the share of those words that the question does not hold (what the answer *adds* has to come from somewhere); less
+    up to ORDER_SHARE where the order differs; halved for each name or number that the passage lacks, and a quarter
+    where only one of the two is negated. Two documents count together when they share a name, as the hops of a chain
+    do. A paraphrase scores lower than a quotation, and a false word among many true ones lowers the score little unless
+    the question is given.
     """
     claim = words(sentence)
     if not claim:
         return 0.0
     asked = frozenset(word.stem for word in words(question))
-    best: list[tuple[float, list[Word]]] = []
+    best: list[tuple[float, Passage]] = []
     for document in documents:
-        read = [words(passage) for passage in passages(document)]
-        scored = ((_agreement(claim, passage, asked), passage) for passage in read)
-        best.append(max(scored, key=lambda pair: pair[0]))
-    joint = [_agreement(claim, a + b, asked) for i, (_, a) in enumerate(best) for _, b in best[:i] if _share_name(a, b)]
-    return max([score for score, _ in best] + joint, default=0.0)
+        title, said = words(document.title), [words(one) for one in sentences(document.content) or [""]]
+        read = [Passage.of([title, *span]) for span in _spans(said)]
+        best.append(max(((_agreement(claim, p, asked), p) for p in read), key=lambda pair: pair[0]))
+    pairs = [Passage.of([a.said, b.said]) for i, (_, a) in enumerate(best) for _, b in best[:i] if _share_name(a, b)]
+    return max([score for score, _ in best] + [_agreement(claim, pair, asked) for pair in pairs], default=0.0)
 
 
-def _agreement(claim: Sequence[Word], passage: Sequence[Word], asked: frozenset[str]) -> float:
-    held, named = {word.stem for word in passage}, {word.stem for word in passage if word.capital}
-    kept = [word for word in claim if word.stem in (named if word.anchor else held)]  # "Mill" is no "mill"
+def _agreement(claim: Sequence[Word], passage: Passage, asked: frozenset[str]) -> float:
+    left = Counter(passage.held)
+    kept: list[Word] = []
+    for word in claim:
+        if left[word.stem] and (not word.anchor or word.stem in passage.named):  # "Mill" is no "mill"
+            kept.append(word)
+            left[word.stem] -= word.weight > _STOP
     added = [word for word in claim if word.stem not in asked and word.weight > _STOP]
     score = _weight(kept) / _weight(claim)
     if asked and added:
@@ -136,10 +161,10 @@ def _agreement(claim: Sequence[Word], passage: Sequence[Word], asked: frozenset[
     if not score:
         return 0.0
     for name in {word.stem for word in claim if word.anchor}:
-        score *= 1.0 if name in named else MISSING_ANCHOR
-    if _negated(claim) != _negated(passage):
+        score *= 1.0 if name in passage.named else MISSING_ANCHOR
+    if _negated(claim) != _negated(passage.said):
         score *= NEGATED
-    return score * (1 - ORDER_SHARE * (1 - _order(kept, passage)))
+    return score * (1 - ORDER_SHARE * (1 - _order(kept, passage.said)))
 
 
 def _weight(text: Iterable[Word]) -> float:
@@ -162,8 +187,8 @@ def _negated(text: Iterable[Word]) -> bool:
     return sum(word.stem in _NEGATIONS or word.stem.endswith("n't") for word in text) % 2 == 1
 
 
-def _share_name(a: Sequence[Word], b: Sequence[Word]) -> bool:
-    return not _names(a).isdisjoint(_names(b))
+def _share_name(a: Passage, b: Passage) -> bool:
+    return not _names(a.said).isdisjoint(_names(b.said))
 
 
 def _names(text: Sequence[Word]) -> set[tuple[str, ...]]:
@@ -203,17 +228,34 @@ def contrast(
     Above 0: the documents make the answer likelier; about 0: the model would have said it anyway. Citations and other
     special tokens are read but not counted. 0 for an answer without text. Raises UsageError when prompt and answer are
     longer than the context."""
-    gains = token_gains(model, prompt_with, prompt_without, answer_ids)
-    counted = [gain for gain, token in zip(gains, answer_ids) if not tokenizer.is_special(token)]
+    with_, without = surprises(model, prompt_with, prompt_without, answer_ids)
+    counted = [b - a for a, b, token in zip(with_, without, answer_ids) if not tokenizer.is_special(token)]
     return float(np.mean(counted)) if counted else 0.0
 
 
-def token_gains(
+def explained(
+    model: LM,
+    tokenizer: Tokenizer,
+    prompt_with: Sequence[int],
+    prompt_without: Sequence[int],
+    answer_ids: Sequence[int],
+) -> float:
+    """The share of the model's surprise at the answer that the documents take away: 1 - nats with / nats without, over
+    the answer's text tokens. 1: with the documents nothing surprises; 0: they change nothing; below 0 (cut at -1): they
+    make the answer less likely. Unlike `contrast` it does not depend on how predictable the answer is anyhow. 0 for an
+    answer without text. Raises UsageError as `contrast` does."""
+    with_, without = surprises(model, prompt_with, prompt_without, answer_ids)
+    text = [not tokenizer.is_special(token) for token in answer_ids]
+    nats_with, nats_without = (sum(n for n, is_text in zip(nats, text) if is_text) for nats in (with_, without))
+    return max(-1.0, 1.0 - (nats_with + 1e-6) / (nats_without + 1e-6))
+
+
+def surprises(
     model: LM, prompt_with: Sequence[int], prompt_without: Sequence[int], answer_ids: Sequence[int]
-) -> list[float]:
-    """The gain of each of the answer's tokens, as `contrast` describes."""
+) -> tuple[list[float], list[float]]:
+    """-log p of each of the answer's tokens behind either prompt, in nats."""
     if not answer_ids:
-        return []
+        return [], []
     rows = [[*prompt, *answer_ids] for prompt in (prompt_with, prompt_without)]
     longest = max(map(len, rows)) - 1
     if longest > model.config.sequence_len:
@@ -227,8 +269,8 @@ def token_gains(
         targets[i, len(row) - 1 - len(answer_ids) : len(row) - 1] = torch.tensor(answer_ids)
     with torch.no_grad():
         nll = model.nll(inputs.to(model.device), targets.to(model.device)).cpu()
-    with_, without = (row[target >= 0] for row, target in zip(nll, targets))
-    return (without - with_).tolist()
+    with_, without = (row[target >= 0].tolist() for row, target in zip(nll, targets))
+    return with_, without
 
 
 # ---- all together
@@ -262,7 +304,7 @@ def support(
         embedding = None if embedder is None else embedding_support(sentence.text, cited, embedder)
         gain = None
         if model is not None and tokenizer is not None and messages is not None:
-            gain = _sentence_contrast(model, tokenizer, messages, answer.sentences[: i + 1])
+            gain = _sentence_explained(model, tokenizer, messages, answer.sentences[: i + 1])
         if judge is not None:
             score = judge.judge(question, sentence.text, cited)
         else:
@@ -333,7 +375,7 @@ def without_documents(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, A
     return [dict(message) for message in messages if message["role"] != "retrieval"]
 
 
-def _sentence_contrast(
+def _sentence_explained(
     model: LM, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], said: Sequence[Sentence]
 ) -> float:
     """Of the last of the sentences said, behind the others and its own citations."""
@@ -347,4 +389,4 @@ def _sentence_contrast(
         ids = tokenizer.encode(sentence.text)
         if i < len(said) - 1:
             before += ids
-    return contrast(model, tokenizer, [*with_, *before], [*without, *before], ids)
+    return explained(model, tokenizer, [*with_, *before], [*without, *before], ids)

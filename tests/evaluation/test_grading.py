@@ -108,9 +108,7 @@ def test_f1_of_hand_made_answers():
     assert answer_f1("Mara Velt was born in Brimholt.", ["Torwick"], question=BORN) == 0.0
     assert answer_f1("Old Torwick", ["Torwick"], question=BORN) == pytest.approx(2 / 3)
     assert answer_f1("She hails from Torwick.", ["Torwick"], question=BORN) == pytest.approx(2 / 3)
-    assert answer_f1("A native of it.", ["Torwick"], sentences=["She is a native of it."], question=BORN) == (
-        pytest.approx(2 * 3 / (3 + 5))
-    )
+    assert answer_f1("Torwick", ["Penmere", "Old Torwick"]) == pytest.approx(2 / 3)
     assert answer_f1("anything", [], question=BORN) == 0.0
     asked = "Which is larger, X or Y?"
     assert answer_f1("X is larger", ["X"], question=asked) == 1.0

@@ -84,7 +84,12 @@ def test_log_probabilities_grade_the_answer(server):
 
 @pytest.mark.parametrize(
     ("answer", "message"),
-    [(reply("Perhaps"), "neither yes nor no"), ((500, "broken"), "500"), ((200, "{}"), "KeyError"), ((200, "?"), "m at")],
+    [
+        (reply("Perhaps"), "neither yes nor no"),
+        ((500, "broken"), "500"),
+        ((200, "{}"), "KeyError"),
+        ((200, "?"), "m at"),
+    ],
 )
 def test_a_server_that_fails_is_an_error_with_its_name(server, answer, message):
     server.reply = answer

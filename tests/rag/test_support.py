@@ -78,6 +78,13 @@ def test_names_are_not_common_words():
     assert lexical("Yarstow has the Golden Mill Works.", mill) < 0.3
 
 
+def test_a_word_said_twice_has_to_be_there_twice():
+    asked = "Who is the best friend of Bram Cobb?"
+    friend = Document("1", "The best friend of Bram Cobb is Mara Velt. Bram Cobb plays.", "Bram Cobb")
+    assert lexical("The best friend of Bram Cobb is Bram Cobb.", friend, question=asked) < 0.7
+    assert lexical("The best friend of Bram Cobb is Mara Velt.", friend, question=asked) == pytest.approx(1.0)
+
+
 def test_documents_that_share_a_name_count_together_and_others_do_not():
     chain = "Mara Velt was born in Torwick, which lies on the river Lenn."
     assert lexical(chain, MARA, TOWN) > max(lexical(chain, MARA), lexical(chain, TOWN)) + 0.2
@@ -162,19 +169,23 @@ def test_contrast_is_the_mean_gain_of_the_text_tokens(model, tokenizer):
     with_, without = tokenizer.encode(MARA.text, bos=True), tokenizer.encode("Where?", bos=True)
     cite = [tokenizer.special("cite_start"), *tokenizer.encode("1"), tokenizer.special("cite_end")]
     answer = [*cite, *tokenizer.encode("Torwick.")]
-    gains = [
-        a - b for a, b in zip(log_probability(model, with_, answer), log_probability(model, without, answer))
-    ]
-    assert sup.token_gains(model, with_, without, answer) == pytest.approx(gains, abs=1e-4)
+    after, before = log_probability(model, with_, answer), log_probability(model, without, answer)
+    found = sup.surprises(model, with_, without, answer)
+    assert [-x for x in found[0]] == pytest.approx(after, abs=1e-4)
+    assert [-x for x in found[1]] == pytest.approx(before, abs=1e-4)
+    gains = [a - b for a, b in zip(after, before)]
     text = [gain for gain, token in zip(gains, answer) if not tokenizer.is_special(token)]
     assert sup.contrast(model, tokenizer, with_, without, answer) == pytest.approx(np.mean(text), abs=1e-4)
+    share = 1 - sum(after[len(cite) :]) / sum(before[len(cite) :])
+    assert sup.explained(model, tokenizer, with_, without, answer) == pytest.approx(max(share, -1), abs=1e-4)
 
 
 def test_contrast_of_equal_prompts_or_no_text_is_0(model, tokenizer):
     prompt = tokenizer.encode("Where?", bos=True)
-    assert sup.contrast(model, tokenizer, prompt, prompt, tokenizer.encode("Here.")) == pytest.approx(0.0, abs=1e-6)
-    assert sup.contrast(model, tokenizer, prompt, prompt, []) == 0.0
-    assert sup.contrast(model, tokenizer, prompt, prompt, [tokenizer.eot]) == 0.0
+    for measure in (sup.contrast, sup.explained):
+        assert measure(model, tokenizer, prompt, prompt, tokenizer.encode("Here.")) == pytest.approx(0.0, abs=1e-6)
+        assert measure(model, tokenizer, prompt, prompt, []) == 0.0
+        assert measure(model, tokenizer, prompt, prompt, [tokenizer.eot]) == 0.0
 
 
 def test_contrast_longer_than_the_context_is_an_error(model, tokenizer):
@@ -237,8 +248,8 @@ def test_contrast_of_a_sentence_follows_what_was_said_before(model, tokenizer):
     prompts = [tokenizer.render_prompt({"messages": m}).ids for m in (messages, messages[1:])]
     first, second = encode("In Torwick."), encode("So it is.")
     expected = [
-        sup.contrast(model, tokenizer, *([*prompt, *before] for prompt in prompts), first),
-        sup.contrast(model, tokenizer, *([*prompt, *before, *first] for prompt in prompts), second),
+        sup.explained(model, tokenizer, *([*prompt, *before] for prompt in prompts), first),
+        sup.explained(model, tokenizer, *([*prompt, *before, *first] for prompt in prompts), second),
     ]
     assert [each.contrast for each in found] == pytest.approx(expected, abs=1e-5)
 
