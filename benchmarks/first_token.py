@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--documents", nargs="*", type=int, default=[5, 10, 20])
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--vocab_size", type=int, default=2048)
+    parser.add_argument("--vocab_size", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
