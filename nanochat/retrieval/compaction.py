@@ -144,7 +144,9 @@ def reindex(
         held = sum(info.passages for info in old.segments)
         built = GenerationInfo(target.name, old.next_row - 1, held, 0, files)
         new = replace(old, serial=writer.serial, settings=dict(settings), generations=(built,) if held else ())
-        done = writer.replace_manifest(new)
+        writer.replace_manifest(new)
+        done = replace(new, serial=new.serial + 1)
+        writer.replace_manifest(done)  # so that the backup does not name what may be damaged either
     except BaseException:
         if staging is not None:
             staging.close()

@@ -33,7 +33,7 @@ def _refuse(name: str) -> None:
 
 
 _DECODER = json.JSONDecoder(parse_constant=_refuse)
-_SCAN: Callable[[str, int], tuple[Any, int]] = make_scanner(_DECODER)
+_SCAN: Callable[[str, int], tuple[Any, int]] = make_scanner(_DECODER)  # type: ignore[arg-type]  # it takes a decoder
 _PLAIN = frozenset(("id", "title", "content", "source", "metadata"))
 
 

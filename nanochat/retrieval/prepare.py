@@ -43,7 +43,7 @@ def slices(documents: Iterable[Document]) -> Iterator[list[Document]]:
     size = 0
     for document in documents:
         part.append(document)
-        size += len(document.content) if isinstance(document, Document) else 0
+        size += len(getattr(document, "content", None) or ())
         if len(part) >= AT_ONCE or size >= CHARACTERS_AT_ONCE:
             yield part
             part, size = [], 0

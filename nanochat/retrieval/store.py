@@ -4,9 +4,8 @@
                        passage, `n` how many it has; passages(row, start, end, text) of those that were cut, whose
                        content is NULL: `text` runs from the passage's start (the first one's from 0) to the next one's,
                        so that nothing is stored twice; keys and fields(key, value, row): what metadata filters look up
-    rows.npy           (2, m) int64: row and n of each document, rows ascending
-    ids.npy            (2, m) uint64: hash of the id, row; hashes ascending. Says where an id is
-    hashes.npy         (2, m) uint64: hash of the content, row; hashes ascending. Says where a content is
+    places.npy         (6, m) int64: row and n of each document, rows ascending; hash of the id (as uint64) and row,
+                       hashes ascending, which say where an id is; and the same for contents
 
 SQLite is written without a journal, since an unfinished segment is thrown away, and read as immutable: without locks.
 """
@@ -31,9 +30,9 @@ from nanochat.errors import NanochatError
 from nanochat.retrieval.document import Document
 from nanochat.retrieval.filters import Condition, field_values, matches, sql
 from nanochat.retrieval.generation import describe
-from nanochat.retrieval.manifest import SegmentInfo, fsync_directory
+from nanochat.retrieval.manifest import SegmentInfo, opened
 
-DATABASE = "documents.sqlite"
+DATABASE, PLACES = "documents.sqlite", "places.npy"
 _AT_ONCE = 500  # parameters of a query
 _SCHEMA = """
 CREATE TABLE documents (
@@ -150,7 +149,7 @@ class SegmentWriter:
         for target, values in ((self.rows, table[0]), (self.counts, table[1])):
             target.extend(values[alive].tolist())
         for target, (hashes, rows) in ((self.ids, segment.ids), (self.hashes, segment.hashes)):
-            target.extend(hashes[np.argsort(rows)][alive].tolist())
+            target.extend(hashes.view(np.uint64)[np.argsort(rows)][alive].tolist())
 
     def finish(self) -> None:
         """Sort what is looked up, write all to the disk and close."""
@@ -161,14 +160,17 @@ class SegmentWriter:
         execute("COMMIT")
         self.close()
         rows = np.array(self.rows, np.int64)
-        _save(self.directory / "rows.npy", np.stack([rows, np.array(self.counts, np.int64)]))
-        for name, values in (("ids", self.ids), ("hashes", self.hashes)):
+        lines = [rows, np.array(self.counts, np.int64)]
+        for values in (self.ids, self.hashes):
             hashes = np.array(values, np.uint64)
             order = np.argsort(hashes, kind="stable")
-            _save(self.directory / f"{name}.npy", np.stack([hashes[order], rows[order].astype(np.uint64)]))
-        with open(self.directory / DATABASE, "rb+") as file:
+            lines += [hashes[order].view(np.int64), rows[order]]
+        with open(self.directory / PLACES, "wb") as file:
+            np.save(file, np.stack(lines), allow_pickle=False)
+            file.flush()
             os.fsync(file.fileno())
-        fsync_directory(self.directory)
+        with opened(self.directory / DATABASE) as descriptor:
+            os.fsync(descriptor)
 
     def describe(self) -> SegmentInfo:
         """What the manifest says of it, once it is finished."""
@@ -197,13 +199,6 @@ def merge(directory: Path, target: Path, names: Sequence[str], dead: np.ndarray)
     return writer.describe()
 
 
-def _save(path: Path, values: np.ndarray) -> None:
-    with open(path, "wb") as file:
-        np.save(file, values, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _uri(directory: Path) -> str:
     return f"file:{quote(str((directory / DATABASE).resolve()))}?mode=ro&immutable=1"
 
@@ -215,9 +210,10 @@ class Segment:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         try:
-            self.rows, self.ids, self.hashes = (_load(directory / f"{name}.npy") for name in ("rows", "ids", "hashes"))
+            places = _load(directory / PLACES)
         except (ValueError, EOFError) as error:
             raise NanochatError(f"{directory} is damaged ({error}); `verify` tells which file") from error
+        self.rows, self.ids, self.hashes = places[:2], places[2:4], places[4:]
         if not (directory / DATABASE).exists():
             raise FileNotFoundError(directory / DATABASE)
         self._lock = threading.Lock()
@@ -368,7 +364,7 @@ def _select(connection: sqlite3.Connection, query: str, rows: Sequence[int]) -> 
 
 
 def _look_up(table: np.ndarray, hashes: np.ndarray) -> list[tuple[int, int]]:
-    keys, rows = table
+    keys, rows = table[0].view(np.uint64), table[1]
     left = np.searchsorted(keys, hashes, side="left")
     found = []
     for i in np.flatnonzero(keys[np.minimum(left, len(keys) - 1)] == hashes).tolist():
@@ -380,9 +376,9 @@ def _look_up(table: np.ndarray, hashes: np.ndarray) -> list[tuple[int, int]]:
 
 
 def _load(path: Path) -> np.ndarray:
-    """Two lines of equal length, mapped. Raises ValueError for anything else."""
+    """Six lines of equal length, mapped. Raises ValueError for anything else."""
     values = np.load(path, mmap_mode="r", allow_pickle=False)
-    if values.ndim != 2 or values.shape[0] != 2 or not values.shape[1] or values.dtype.kind not in "iu":
+    if values.ndim != 2 or values.shape[0] != 6 or not values.shape[1] or values.dtype != np.int64:
         raise ValueError(f"{path.name} has the shape {values.shape}")
     return values.view(np.ndarray)
 

@@ -14,7 +14,7 @@ from nanochat.retrieval.document import Document, document_hash, metadata_json
 from nanochat.retrieval.filters import check, matches
 from nanochat.retrieval.generation import problems
 from nanochat.retrieval.prepare import pieces
-from nanochat.retrieval.store import DATABASE, Segment, SegmentWriter, hash_content, hash_id, merge
+from nanochat.retrieval.store import DATABASE, PLACES, Segment, SegmentWriter, hash_content, hash_id, merge
 
 TEXTS = st.text(st.sampled_from("ab é日\U0001f600\n\x00 "), max_size=40)
 VALUES = st.integers() | st.text(max_size=3) | st.booleans() | st.lists(st.integers(0, 3), max_size=2) | st.none()
@@ -89,7 +89,7 @@ def test_a_merge_holds_what_is_alive(
     root = tmp_path_factory.mktemp("store")
     end = fill(root / "one", first).describe().last_row
     fill(root / "two", second, first=end + 2)
-    rows = [row for name in ("one", "two") for row in np.load(root / name / "rows.npy")[0].tolist()]
+    rows = [row for name in ("one", "two") for row in np.load(root / name / PLACES)[0].tolist()]
     dead = data.draw(st.sets(st.sampled_from(rows)))
     info = merge(root, root / "both", ["one", "two"], np.array(sorted(dead), np.int64))
     alive = [d for row, d in zip(rows, first + second) if row not in dead]
@@ -114,7 +114,7 @@ def test_damage_and_missing_files_are_errors(tmp_path: Path) -> None:
     database.unlink()
     with pytest.raises(FileNotFoundError):
         Segment(tmp_path / "seg")
-    (tmp_path / "seg" / "ids.npy").write_bytes(b"\x93NUMPY")
+    (tmp_path / "seg" / PLACES).write_bytes(b"\x93NUMPY")
     with pytest.raises(NanochatError, match="damaged"):
         Segment(tmp_path / "seg")
 
