@@ -85,9 +85,10 @@ def parse(line: str | bytes) -> Document:
         text = line.decode().lstrip("\ufeff") if isinstance(line, bytes) else line
         try:
             record, end = _SCAN(text, 0)  # what `decode` does, in less than half of the time
+            is_whole = text[end:] in ("", "\n")
         except StopIteration:
-            end = -1
-        if text[end:] not in ("", "\n"):
+            is_whole = False
+        if not is_whole:
             record = _DECODER.decode(text)
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 ({error.reason} at byte {error.start})") from None
