@@ -21,10 +21,12 @@ from typing import Any
 
 from nanochat import config
 from nanochat.data.shuffle import Shuffle, mix
-from nanochat.data.world import KINDS, Question, World
+from nanochat.data.world import KINDS as ENTITY_KINDS
+from nanochat.data.world import Question, World
 from nanochat.errors import NanochatError, UsageError
 from nanochat.rag.tasks import as_document
 from nanochat.retrieval.display import document_values
+from nanochat.retrieval.generation import KINDS
 
 SHARES = {1: 0.5, 2: 0.3, 3: 0.2}  # of the answerable questions, by hops
 MODES = ("example", "build")
@@ -81,6 +83,8 @@ class DatasetSettings:
         for name in ("train", "validation", "test"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name} {getattr(self, name)}: must be at least 1")
+        if self.retriever_type not in KINDS:
+            raise UsageError(f"--retriever_type {self.retriever_type}: choose from {', '.join(KINDS)}")
         if not 0 <= self.absent < 1:
             raise UsageError(f"--absent {self.absent}: must be at least 0 and below 1")
         if self.new < 40:
@@ -89,27 +93,28 @@ class DatasetSettings:
 
 def prepare(settings: DatasetSettings) -> Path:
     """Make what the settings ask for; returns the directory of the knowledge base. Raises NanochatError."""
-    from nanochat.retrieval.commands import build
+    from nanochat.retrieval import commands
     from nanochat.retrieval.settings import BuildSettings
 
     settings.check()
-    documents, target = settings.documents, Path(settings.output or "data/rag")
-    if settings.mode == "example":
+    is_example = settings.mode == "example"
+    target = Path(settings.output or "data/rag")
+    wanted = BuildSettings(
+        documents=(str(target / "documents.jsonl"),) if is_example else settings.documents,
+        output=str(target / "knowledge_base" if is_example else target),
+        type=settings.retriever_type,
+        embedder=settings.embedder,
+        on_error=settings.on_error,
+    )
+    if is_example:
         files = example(settings)
+        check_free(target, files)
+        commands.made(wanted).close()  # says what is missing before any file is written
         write(target, files)
         for name, text in files.items():
             print(f"{target / name}: {text.count(chr(10)):,} lines")
-        documents, target = (str(target / "documents.jsonl"),), target / "knowledge_base"
-    build(
-        BuildSettings(
-            documents=documents,
-            output=str(target),
-            type=settings.retriever_type,
-            embedder=settings.embedder,
-            on_error=settings.on_error,
-        )
-    )
-    return target
+    commands.build(wanted)
+    return Path(wanted.output)
 
 
 def example(settings: DatasetSettings) -> dict[str, str]:
@@ -171,25 +176,28 @@ def record(question: Question, name: str) -> dict[str, Any]:
 def _document(told: Mapping[str, Any]) -> dict[str, Any]:
     """A document of the world as a line of JSONL."""
     values = document_values(as_document(dict(told)))
-    return {**values, "metadata": {**values["metadata"], "kind": KINDS[told["entity"] % len(KINDS)]}}
+    return {**values, "metadata": {**values["metadata"], "kind": ENTITY_KINDS[told["entity"] % len(ENTITY_KINDS)]}}
 
 
 def _lines(records: Iterator[dict[str, Any]] | map[dict[str, Any]]) -> str:
     return "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in records)
 
 
+def check_free(directory: Path, files: Mapping[str, str]) -> None:
+    """Raises UsageError when one of the files is there with other content."""
+    for name, text in files.items():
+        path = directory / name
+        if path.is_file() and path.read_bytes() != text.encode():
+            raise UsageError(
+                f"{path} is there with other content: choose another --output, delete it, or call with the settings "
+                "that it was made with"
+            )
+
+
 def write(directory: Path, files: Mapping[str, str]) -> None:
-    """Write the files, each in one rename. Raises UsageError when one is there with other content, NanochatError when
-    they cannot be written."""
+    """Write the files, each in one rename. Raises NanochatError when that fails."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            path = directory / name
-            if path.exists() and path.read_bytes() != text.encode():
-                raise UsageError(
-                    f"{path} is there with other content: choose another --output, delete it, or call with the "
-                    "settings that it was made with"
-                )
         for name, text in files.items():
             fresh = directory / f".{name}-{os.getpid()}"
             fresh.write_bytes(text.encode())

@@ -94,17 +94,17 @@ def build(settings: BuildSettings) -> None:
     _need(settings, "documents", "build --documents FILE --output DIR")
     _need(settings, "output", "build --documents FILE --output DIR")
     _check_choices(settings)
-    if settings.type not in KINDS:
-        raise UsageError(f"--type {settings.type}: choose from {', '.join(KINDS)}")
     sources(settings.documents)  # says now what is not there
-    with _made(settings) as base:
+    with made(settings) as base:
         ingest(base, settings, settings.on_duplicate)
         stats = base.stats()
         print(f"{base.path}: {stats['documents']:,} documents in {stats['passages']:,} passages, {base.kind}")
 
 
-def _made(settings: BuildSettings) -> KnowledgeBase:
-    """The knowledge base of a build: a new one, or one that is there and has these settings."""
+def made(settings: BuildSettings) -> KnowledgeBase:
+    """The knowledge base of a build: a new one, or one that is there and has these settings. Raises UsageError."""
+    if settings.type not in KINDS:
+        raise UsageError(f"--type {settings.type}: choose from {', '.join(KINDS)}")
     embedder = settings.embedder or None
     if (Path(settings.output) / manifest.NAME).exists():
         base = KnowledgeBase.open(settings.output, embedder=embedder)
