@@ -319,8 +319,7 @@ def test_the_cache_changes_no_answer_and_is_shared_by_threads(model):
 
 def test_contrast_is_one_more_sign(model):
     with pytest.raises(UsageError, match="support by lexical and contrast needs a calibration"):
-        GroundedChat(model, TOKENIZER, Shelf(), contrast=True)
-    calibration = {frozenset({"lexical", "contrast"}): Weights(-4.0, 8.0, 0.0, 1.0)}
-    chat = GroundedChat(model, TOKENIZER, Shelf(), contrast=True, calibration=calibration)
+        GroundedChat(model, TOKENIZER, Shelf(), contrast=True, calibration={frozenset({"lexical"}): Weights(-4.0, 8.0)})
+    chat = GroundedChat(model, TOKENIZER, Shelf(), contrast=True)
     answer = chat.chat("Who founded Torwick?", max_tokens=12)
     assert all(support.contrast is not None for support in answer.support)
