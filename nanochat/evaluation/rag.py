@@ -63,7 +63,7 @@ class Options:
     """How documents get into prompts, and how answers are generated."""
 
     top_k: int = 5
-    order: str = "best_first"
+    order: str = "shuffled"  # best first, the gold document is nearly always number 1, and citing that no skill
     max_tokens_documents: int = 0  # 0: all the room that question and answer leave
     batch_size: int = 32
     sampling: Sampling = GREEDY
@@ -251,7 +251,7 @@ class Asker:
             right_citations=sum(n in good for n in cited),
             sentences=0 if abstained else len(answer.sentences),
             cited_sentences=sum(not good.isdisjoint(s.cited) for s in answer.sentences),
-            gold_found=len({p.documents[i - 1].id for i in gold}), answer_found=bool(holding),
+            gold_found=len({p.documents[i - 1].id for i in gold}), first=1 in stating, answer_found=bool(holding),
             supported=not good.isdisjoint(rests_on), score=self.score(p, answer), cut=p.cut,
         )  # fmt: skip
 

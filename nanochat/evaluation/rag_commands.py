@@ -45,8 +45,8 @@ class RagEvalSettings(EvalSettings):
     """simple, bm25, dense or hybrid (default: the knowledge base's own; hybrid for one made of a world)"""
     top_k: int = 5
     """documents to retrieve for each question"""
-    order: str = "best_first"
-    """order of the documents in the prompt: best_first, best_last or shuffled"""
+    order: str = "shuffled"
+    """order of the documents in the prompt: best_first, best_last or shuffled (by --seed)"""
     max_tokens_documents: int = 0
     """tokens that documents may take (0: all that question and answer leave)"""
     conditions: tuple[str, ...] = tuple(CONDITIONS)

@@ -35,6 +35,7 @@ class Judged(NamedTuple):
     sentences: int
     cited_sentences: int  # with a right citation
     gold_found: int  # gold documents in the prompt
+    first: bool  # document 1 states the answer
     answer_found: bool  # some document in the prompt holds the answer's words
     supported: bool  # right, and a document that it cites states it (any document where it cites none)
     score: float  # rag.support's hallucination score, to be compared with that
@@ -100,6 +101,7 @@ ROWS = {
     "abstain_unanswerable": "abstains, unanswerable",
     "citation_precision": "citation precision",
     "citation_recall": "citation recall",
+    "always_cite_first": "always citing [1]",
     "retrieval_recall": "gold in prompt",
     "retrieval_all_gold": "all gold in prompt",
     "answer_in_prompt": "answer in prompt",
@@ -110,7 +112,7 @@ ROWS = {
 }
 PLAIN = (
     "hallucination_rate", "citation_precision", "citation_recall", "abstain_unanswerable", "retrieval_recall",
-    "retrieval_all_gold", "answer_in_prompt", "retrieval_ms", "support_auc", "support_ece",
+    "retrieval_all_gold", "answer_in_prompt", "always_cite_first", "retrieval_ms", "support_auc", "support_ece",
 )  # fmt: skip
 
 
@@ -136,6 +138,7 @@ def summarize(judged: Sequence[Judged], condition: str, seed: int = 0) -> dict[s
         whole = sum(j.gold_found == len(set(j.question.gold)) for j in known)
         found["retrieval_all_gold"] = share(whole, len(known))
     if answerable:
+        found["always_cite_first"] = share(sum(j.first for j in answerable), len(answerable))
         found["answer_in_prompt"] = share(sum(j.answer_found for j in answerable), len(answerable))
     labels = [j.supported for j in given]
     if condition == "rag" and any(labels) and not all(labels):

@@ -136,7 +136,7 @@ class Knower(Reader):
 
 def run(monkeypatch, model, tokenizer, reader, shelf=None, questions=None, **options):
     monkeypatch.setattr(rag, "Engine", reader)
-    options = {"top_k": 3, "n_latency": 2, **options}
+    options = {"top_k": 3, "n_latency": 2, "order": "best_first", **options}
     return measure_rag(model, tokenizer, shelf or Shelf(), questions or list(FACTS.values()), Options(**options))
 
 
@@ -196,6 +196,15 @@ def test_who_knows_by_heart_is_right_without_support(monkeypatch, model, tokeniz
     assert metrics["rag_shuffled_hallucination_rate"] == metrics["no_documents_hallucination_rate"] == share(N, N)
     assert metrics["citation_recall"] == share(0, N)
     assert "citation_precision" not in metrics
+
+
+def test_shuffling_takes_the_gain_from_citing_the_first(monkeypatch, model, tokenizer):
+    def first(order):
+        return run(monkeypatch, model, tokenizer, Perfect, order=order, n_latency=0).metrics()["always_cite_first"]
+
+    assert first("best_first") == share(N, N)
+    assert 0.15 < first("shuffled").value < 0.55  # one of three
+    assert run(monkeypatch, model, tokenizer, Perfect, order="shuffled").metrics()["citation_precision"] == share(N, N)
 
 
 def test_silence_is_no_abstention(monkeypatch, model, tokenizer):
