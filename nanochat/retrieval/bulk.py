@@ -17,10 +17,11 @@ import gzip
 import importlib
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -102,7 +103,7 @@ def embed_files(
     """Stage the vectors of all passages that the files hold; how many were computed. See `bulk_ingest`."""
     embedder = kb.embedder  # raises for a kind that has none
     notes = Notes(kb)
-    todo = [one for path in paths for one in notes.missing(path, ranges(path, range_bytes))]
+    todo = [one for path in paths for one in notes.missing(ranges(path, range_bytes))]
     if not todo:
         return 0
     described = kb.settings["embedder"]
@@ -119,6 +120,8 @@ def embed_files(
         _Stage(kb, notes) as stage,
     ):
         for part in _parts(engine, todo, task, workers, cpus, gpus):
+            if part["failure"]:
+                raise NanochatError(f"a worker failed at {todo[part['range']].file}: {part['failure']}")
             for message in part["errors"]:
                 if on_error == "raise":
                     raise UsageError(f'{message}; correct it, or skip such lines with on_error="skip"')
@@ -168,8 +171,8 @@ class Notes:
                 except ValueError:  # the end of an interrupted write
                     continue
 
-    def missing(self, path: Path, all: Iterable[Range]) -> list[Range]:
-        """Those of a file's ranges that are not done."""
+    def missing(self, all: Iterable[Range]) -> list[Range]:
+        """Those of the ranges that are not done."""
         return [one for one in all if self._entry(one) not in self._done]
 
     def add(self, done: Iterable[Range]) -> None:
@@ -247,7 +250,7 @@ class _Ray:
         self._options: dict[str, Any] = {"address": address}
         if address is None:
             self._options = {
-                "num_cpus": max(1, round(workers * cpus)) + 1,  # one for the reading of the plan
+                "num_cpus": max(1, round(workers * cpus)),
                 "object_store_memory": STORE_BYTES,
                 "include_dashboard": False,
             }
@@ -262,6 +265,8 @@ class _Ray:
             raise UsageError(f"bulk ingestion needs {error.name}: pip install 'nanochat[ray]'") from error
         self._started = not self._ray.is_initialized()
         if self._started:
+            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its warnings are for Ray's developers
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             try:
                 self._ray.init(logging_level=logging.ERROR, log_to_driver=False, **self._options)
             except (ConnectionError, RuntimeError, ValueError) as error:
@@ -301,47 +306,55 @@ def _parts(
                 row["vectors"] = vectors.reshape(len(row["texts"]), -1) if row["texts"] else vectors
                 yield row
     except Exception as error:
-        if isinstance(error, NanochatError) or not type(error).__module__.startswith("ray."):
+        if not type(error).__module__.startswith("ray."):
             raise
-        raise NanochatError(f"a Ray worker failed: {_cause(error)}") from error
-
-
-def _cause(error: BaseException) -> str:
-    cause = getattr(error, "cause", None) or error.__cause__ or error
-    return f"{type(cause).__name__}: {cause}".strip().splitlines()[-1]
+        raise NanochatError(f"Ray gave up ({type(error).__name__}): {str(error).strip()[:2000]}") from error
 
 
 class _Worker:
     """Runs in a Ray actor: makes the embedder once, then embeds range after range."""
 
     def __init__(self, embedder: str | Embedder, name: str, cut: Cut) -> None:
-        if isinstance(embedder, str):
-            from nanochat.retrieval.embed import make_embedder
-
-            embedder = make_embedder(embedder)
-        if embedder.name != name:
-            raise UsageError(f"this machine's embedder is {embedder.name!r}, the knowledge base's {name!r}")
-        self._embedder, self._cut = embedder, cut
+        self._given, self._name, self._cut = embedder, name, cut
+        self._embedder: Embedder | None = None
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """One range, given as columns of one row; its parts, as rows."""
-        number = int(batch["range"][0])
+        """One range, given as columns of one row; its parts, as columns of one row each. What fails here is told, not
+        raised: Ray would try it again, and bury the reason in its own traceback."""
         one = Range(str(batch["file"][0]), int(batch["start"][0]), int(batch["end"][0]), int(batch["line"][0]))
+        parts = self._embedded(one)
+        more = True
+        while more:
+            try:
+                part = next(parts)
+                more = part["last"] < 0
+            except Exception as error:
+                failure = f"{type(error).__name__}: {error}"
+                part = {"texts": [], "vectors": b"", "errors": [], "last": -1, "failure": failure}
+                more = False
+            yield {name: [value] for name, value in {**part, "range": int(batch["range"][0])}.items()}
+
+    def _embedded(self, one: Range) -> Iterator[dict[str, Any]]:
+        if self._embedder is None:
+            self._embedder = self._make()
         errors: list[str] = []
         texts = _texts(one, self._cut, errors)
-        n = 0
-        while True:
+        for n in count(1):
             part = list(islice(texts, PART_TEXTS))
-            n += 1
             more = len(part) == PART_TEXTS
-            vectors = np.asarray(self._embedder.embed(part), "<f4") if part else np.empty((0, 0), "<f4")
-            yield {
-                "range": [number], "texts": [part], "vectors": [vectors.tobytes()], "errors": [list(errors)],
-                "last": [-1 if more else n],
-            }  # fmt: skip
-            errors.clear()
+            vectors = np.asarray(self._embedder.embed(part), "<f4").tobytes() if part else b""
+            found, errors[:] = list(errors), []
+            yield {"texts": part, "vectors": vectors, "errors": found, "last": -1 if more else n, "failure": ""}
             if not more:
                 return
+
+    def _make(self) -> Embedder:
+        from nanochat.retrieval.embed import make_embedder
+
+        made = make_embedder(self._given) if isinstance(self._given, str) else self._given
+        if made.name != self._name:
+            raise UsageError(f"this machine's embedder is {made.name!r}, the knowledge base's {self._name!r}")
+        return made
 
 
 def _texts(one: Range, cut: Cut, errors: list[str]) -> Iterator[str]:
