@@ -442,7 +442,8 @@ def test_ranks_share_the_questions(monkeypatch, model, tokenizer):
     for rank in (0, 1):
         monkeypatch.setattr(rag.runtime, "rank", lambda rank=rank: rank)
         monkeypatch.setattr(rag, "Engine", Perfect)
-        measure_rag(model, tokenizer, Shelf(), list(FACTS.values()), Options(3, order="best_first", n_latency=0), ["rag"])
+        options = Options(3, order="best_first", n_latency=0)
+        measure_rag(model, tokenizer, Shelf(), list(FACTS.values()), options, ["rag"])
     assert sorted(gathered[0] + gathered[1], key=lambda j: j.number) == whole
 
 
