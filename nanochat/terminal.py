@@ -17,6 +17,7 @@ from nanochat.engine.sampling import Sampling
 from nanochat.errors import NanochatError, UsageError
 from nanochat.rag.grounded import GroundedAnswer, GroundedChat
 from nanochat.rag.knowledge import open_knowledge
+from nanochat.rag.support import SUPPORTED
 
 HELP = """\
 /new                start a new conversation
@@ -261,5 +262,6 @@ def _grounds(answer: GroundedAnswer) -> list[str]:
     n = len(answer.documents)
     notes = [f"{n} document{'s' if n > 1 else ''}"]
     if answer.support:
-        notes.append(f"support {min(each.score for each in answer.support):.2f}")
+        least = min(each.score for each in answer.support)
+        notes.append(f"support {least:.2f}" + (": its documents do not say so" if least < SUPPORTED else ""))
     return notes
