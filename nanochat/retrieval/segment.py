@@ -22,6 +22,7 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -41,6 +42,9 @@ ROUNDING = 2e-5  # by which a float32 sum of 384 products of unit vectors may be
 EXACT_BELOW = 5000  # allowed rows that are compared one by one
 FEWEST_BITS = 128  # of a code: vectors of few dimensions are rotated into more
 ADD = 32768  # rows handed to FAISS at a time
+
+
+_loaded: WeakValueDictionary[tuple[int, ...], Any] = WeakValueDictionary()  # FAISS indexes in use, by their file
 
 
 @dataclass(frozen=True)
@@ -103,13 +107,16 @@ class Segment:
     def __init__(self, directory: Path, info: SegmentInfo, dimension: int, settings: DenseSettings) -> None:
         self.directory, self.info, self.settings = directory, info, settings
         self.n = info.n
+        self._key: tuple[int, ...] = ()
         for name, size in info.files.items():
-            _check_size(directory / name, size)
+            key = _checked(directory / name, size)
+            if name.endswith(".faiss"):
+                self._key = key
         self._rows = ArrayFile(directory / f"{info.name}.rows.npy", "<i8", info.n)
         self.rows: np.ndarray = self._rows.array
         self.vectors = ArrayFile(directory / f"{info.name}.vectors.npy", "<f2", info.n, dimension)
         self._lock = threading.Lock()
-        self._index: Any = None
+        self._index: Any = _loaded.get(self._key)  # what an earlier directory shares with this one is loaded already
 
     def positions(self, rows: np.ndarray) -> np.ndarray:
         """Where those of `rows` (sorted) lie that this segment holds."""
@@ -218,6 +225,8 @@ class Segment:
         with self._lock:
             if self._index is None:
                 self._index = self._flat_index() if self.info.kind == "flat" else self._read_index()
+                if self._key:
+                    _loaded[self._key] = self._index
             return self._index
 
     def _flat_index(self) -> Any:
@@ -309,13 +318,15 @@ def _selector(keep: np.ndarray, n: int) -> tuple[Any, np.ndarray]:
     return faiss.IDSelectorBitmap(len(bits), faiss.swig_ptr(bits)), bits
 
 
-def _check_size(path: Path, size: int) -> None:
+def _checked(path: Path, size: int) -> tuple[int, ...]:
+    """What identifies the file, whatever its name. Raises NanochatError when it is missing or has another size."""
     try:
-        found = path.stat().st_size
+        found = path.stat()
     except OSError as error:
         raise NanochatError(f"cannot read {path}: {error.strerror}") from error
-    if found != size:
-        raise NanochatError(f"{path} is damaged: it has {found:,} bytes, not {size:,}")
+    if found.st_size != size:
+        raise NanochatError(f"{path} is damaged: it has {found.st_size:,} bytes, not {size:,}")
+    return found.st_dev, found.st_ino, size, found.st_mtime_ns
 
 
 def _reason(error: RuntimeError) -> str:
