@@ -72,7 +72,7 @@ class FeedbackReranker:
 
     def scores(self, query: str, documents: Sequence[Document]) -> list[float]:
         """One number from 0 to 1 for each document."""
-        texts = [self.analyser.terms(document.text[:MAX_CHARACTERS]) for document in documents]
+        texts = [self.analyser.query_terms(document.text[:MAX_CHARACTERS]) for document in documents]
         if not any(texts):
             return [0.0] * len(documents)
         vocabulary: dict[str, int] = defaultdict(count().__next__)
