@@ -14,71 +14,44 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from nanochat.errors import UsageError
-from nanochat.retrieval import compaction, generation, manifest, verification
-from nanochat.retrieval.chunk import spans
-from nanochat.retrieval.document import Document, Embedder, Filter, Hit, Reranker, clean_text, content_hash
+from nanochat.retrieval import compaction, generation, manifest
+from nanochat.retrieval.document import Document, Embedder, clean_text, content_hash
 from nanochat.retrieval.jsonl import file_list, read_documents
 from nanochat.retrieval.manifest import Manifest, Version
 from nanochat.retrieval.opening import (
+    EmbedderLike,
     analyser_settings,
-    check_analyser,
-    check_embedder,
     check_new,
-    copy_files,
     describe_embedder,
     embedder_of,
     failures,
     make_directory,
     new_settings,
-    open_view,
     writer_lock,
 )
-from nanochat.retrieval.prepare import passage_texts
-from nanochat.retrieval.search import Query, run
+from nanochat.retrieval.reader import LOCK_TIMEOUT, Reader
 from nanochat.retrieval.staging import Staging
 from nanochat.retrieval.view import View
 from nanochat.retrieval.writer import Change, Writer
 
-LOCK_TIMEOUT = 10.0  # seconds that a second writer waits
 INDEXES = generation.INDEXES
 KINDS = generation.KINDS
 
 
-class KnowledgeBase:
+class KnowledgeBase(Reader):
     """Made by `create`, opened by `open`. A context manager; `close` lets go of its files.
 
     Threads may share one for searching. Raises UsageError for wrong arguments, NanochatError for what goes wrong."""
-
-    def __init__(
-        self,
-        path: Path,
-        view: View,
-        embedder: Embedder | None = None,
-        read_only: bool = False,
-        pinned: bool = False,
-        lock_timeout: float = LOCK_TIMEOUT,
-    ) -> None:
-        self.path = path
-        self.read_only = read_only
-        self.lock_timeout = lock_timeout
-        self._view = view
-        self._pinned = pinned  # a view of one version, which `refresh` leaves alone
-        self._embedder = embedder
-        self._lock = threading.RLock()
-        self._closed = False
-
-    # -- making and opening --------------------------------------------------------------------------------------------
 
     @classmethod
     def create(
@@ -86,7 +59,7 @@ class KnowledgeBase:
         path: str | Path,
         *,
         kind: str = "hybrid",
-        embedder: Embedder | str | None = None,
+        embedder: EmbedderLike | None = None,
         analyser: Any = None,
         chunk_words: int = 200,
         overlap_words: int = 40,
@@ -98,7 +71,7 @@ class KnowledgeBase:
     ) -> KnowledgeBase:
         """Make an empty knowledge base in a directory that is new or empty.
 
-        `kind`: simple, bm25, dense or hybrid. `embedder` (dense, hybrid): one, or its name for `make_embedder`.
+        `kind`: simple, bm25, dense or hybrid. `embedder` (dense, hybrid): one, or what `make_embedder` makes it of.
         `analyser` (simple, bm25, hybrid): see Analyser.of. Documents of more than `chunk_words` words are cut into
         passages that overlap by `overlap_words`; 0 keeps them whole. A hybrid fuses the best `depth` of both indexes
         by `fusion` ("weighted" or "rrf") and `weights`. `index` holds further settings for the indexes."""
@@ -111,196 +84,6 @@ class KnowledgeBase:
             check_new(path)
             manifest.commit(path, Manifest(settings=settings, versions=(Version(0, time.time(), "created", 0, 0),)))
         return cls.open(path, embedder=made, lock_timeout=lock_timeout)
-
-    @classmethod
-    def open(
-        cls,
-        path: str | Path,
-        *,
-        embedder: Embedder | str | None = None,
-        analyser: Any = None,
-        version: int | str | None = None,
-        read_only: bool = False,
-        lock_timeout: float = LOCK_TIMEOUT,
-    ) -> KnowledgeBase:
-        """Open a knowledge base; with `version`, a number or a tag, a read-only view of it.
-
-        The embedder is remembered by name, so that only one of your own must be given; another one than it was built
-        with is an error, and so is another analyser."""
-        path = Path(path)
-        settings = manifest.read(path).settings
-        made = check_embedder(path, settings, embedder)
-        check_analyser(path, settings, analyser)
-        view = open_view(path, version, None)
-        return cls(path, view, made, read_only or version is not None, version is not None, lock_timeout)
-
-    def at(self, version: int | str) -> KnowledgeBase:
-        """A read-only view of a version, by number or tag. Close it when done."""
-        self._check_open()
-        view = open_view(self.path, version, None)
-        return KnowledgeBase(self.path, view, self._embedder, read_only=True, pinned=True)
-
-    def refresh(self) -> bool:
-        """Move on to the newest version; whether there was a newer state."""
-        self._check_open()
-        if self._pinned:
-            return False
-        with self._lock:
-            if manifest.read(self.path).serial == self._view.manifest.serial:
-                return False
-            self._view = open_view(self.path, None, self._view)
-            return True
-
-    def close(self) -> None:
-        """Let go of the files; nothing can be done with it afterwards."""
-        if not self._closed:
-            self._closed = True
-            self._view.close()
-
-    def __enter__(self) -> KnowledgeBase:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        version = self._view.version
-        return f"<KnowledgeBase {self.path}: {self.kind}, version {version.number}, {version.documents:,} documents>"
-
-    # -- reading -------------------------------------------------------------------------------------------------------
-
-    @property
-    def kind(self) -> str:
-        """simple, bm25, dense or hybrid."""
-        return str(self._view.manifest.settings["kind"])
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What was fixed when it was created."""
-        return dict(self._view.manifest.settings)
-
-    @property
-    def version(self) -> int:
-        """The number of the version that is searched."""
-        return self._view.version.number
-
-    @property
-    def embedder(self) -> Embedder:
-        """The embedder of a dense or hybrid knowledge base; made at first use. Raises UsageError when it is one of
-        your own that was not given."""
-        if self._embedder is None:
-            described = self._view.manifest.settings.get("embedder")
-            if described is None:
-                raise UsageError(f"a knowledge base of kind {self.kind!r} has no embedder")
-            if described["spec"] is None:
-                raise UsageError(
-                    f"{self.path} was built with the embedder {described['name']!r} of your own: give it as `embedder`"
-                )
-            self._embedder = check_embedder(self.path, self._view.manifest.settings, described["spec"])
-            assert self._embedder is not None
-        return self._embedder
-
-    @overload  # a text is a sequence of texts too, and comes first
-    def search(  # type: ignore[overload-overlap]
-        self,
-        queries: str,
-        k: int = 5,
-        filter: Filter | None = None,
-        *,
-        mode: str | None = None,
-        normalize: bool | str = False,
-        unique: bool = False,
-        reranker: Reranker | None = None,
-        candidates: int = 50,
-    ) -> list[Hit]: ...
-    @overload
-    def search(
-        self,
-        queries: Sequence[str],
-        k: int = 5,
-        filter: Filter | None = None,
-        *,
-        mode: str | None = None,
-        normalize: bool | str = False,
-        unique: bool = False,
-        reranker: Reranker | None = None,
-        candidates: int = 50,
-    ) -> list[list[Hit]]: ...
-    def search(
-        self,
-        queries: str | Sequence[str],
-        k: int = 5,
-        filter: Filter | None = None,
-        *,
-        mode: str | None = None,
-        normalize: bool | str = False,
-        unique: bool = False,
-        reranker: Reranker | None = None,
-        candidates: int = 50,
-    ) -> list[Hit] | list[list[Hit]]:
-        """The best `k` passages for a query, or a list of them for each of several.
-
-        `filter`: see filters.py. `mode`: which index of a hybrid one to ask (default: all of them). `normalize`:
-        scores from 0 to 1 ("minmax", "max" or "rank"; True is "minmax"). `unique`: only the best passage of each
-        document. `reranker` judges the best `candidates` (or k, if that is more) again."""
-        self._check_open()
-        query = Query(k, filter, mode, normalize, unique, reranker, candidates)
-        if isinstance(queries, str):
-            return run(self._view, [queries], query, lambda: self.embedder)[0]
-        return run(self._view, queries, query, lambda: self.embedder)
-
-    def get(self, id: str) -> Document:
-        """The whole document with this id. Raises UsageError when there is none."""
-        self._check_open()
-        found = self._view.known([clean_text(id)]) if isinstance(id, str) else {}
-        if not found:
-            raise UsageError(f"no document {id!r} in version {self.version} of {self.path}")
-        [(segment, known)] = found.values()
-        return segment.whole(known.row)
-
-    def __contains__(self, id: object) -> bool:
-        return isinstance(id, str) and bool(self._view.known([clean_text(id)]))
-
-    def __len__(self) -> int:
-        return self._view.version.documents
-
-    def __bool__(self) -> bool:
-        return True  # an empty knowledge base is one
-
-    def documents(self) -> Iterator[Document]:
-        """All documents, whole, in the order in which they were added."""
-        self._check_open()
-        return self._view.documents()
-
-    def passages(self, document: Document) -> list[str]:
-        """The texts that this knowledge base would index and embed for a document."""
-        settings = self._view.manifest.settings
-        return passage_texts(document, spans(document.content, settings["chunk_words"], settings["overlap_words"]))
-
-    def versions(self) -> list[Version]:
-        """All versions that can be searched, oldest first, with their tags."""
-        self._check_open()
-        return self._view.manifest.version_list()
-
-    def stats(self) -> dict[str, Any]:
-        """Counts and sizes, as JSON values."""
-        self._check_open()
-        return verification.stats(self.path, self._view)
-
-    def verify(self) -> list[str]:
-        """Read every file and compare it with its checksum, and the files with each other: what is wrong, as
-        sentences. Waits for a writer to end."""
-        self._check_open()
-        with writer_lock(self.path, self.lock_timeout, to_read=True):
-            return verification.problems(self.path)
-
-    def copy(self, directory: str | Path) -> None:
-        """Copy what is there, with all versions, to a directory that is new or empty: a backup."""
-        self._check_open()
-        target = Path(directory)
-        make_directory(target)
-        with writer_lock(self.path, self.lock_timeout, to_read=True), failures(f"copying {self.path}"):
-            copy_files(self.path, manifest.read(self.path), target)
 
     # -- changing ------------------------------------------------------------------------------------------------------
 
@@ -385,7 +168,7 @@ class KnowledgeBase:
             self._move_on(new)
             return before - len(new.versions)
 
-    def reindex(self, analyser: Any = None, embedder: Embedder | str | None = None) -> None:
+    def reindex(self, analyser: Any = None, embedder: EmbedderLike | None = None) -> None:
         """Build all indexes anew from the documents, with another analyser or embedder if wished; also mends damaged
         indexes. Versions stay."""
         with self._writing() as writer:
@@ -413,10 +196,6 @@ class KnowledgeBase:
                 staging.close()
 
     # -- inside --------------------------------------------------------------------------------------------------------
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise UsageError(f"the knowledge base {self.path} was closed")
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[Writer]:

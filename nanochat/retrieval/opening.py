@@ -7,9 +7,9 @@ import os
 import shutil
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from nanochat.errors import NanochatError, UsageError
 from nanochat.lock import lock_file
@@ -18,12 +18,13 @@ from nanochat.retrieval.chunk import check_chunking
 from nanochat.retrieval.document import Embedder, Found
 from nanochat.retrieval.view import View
 
+EmbedderLike: TypeAlias = Embedder | Callable[..., Any] | str | Path  # whatever `make_embedder` takes
 LOCK = "writer.lock"
 OPEN_ATTEMPTS = 20  # commits that may overtake an opening reader
 
 
 def new_settings(
-    options: Mapping[str, Any], analyser: Any, embedder: Embedder | str | None, fused: Mapping[str, Any]
+    options: Mapping[str, Any], analyser: Any, embedder: EmbedderLike | None, fused: Mapping[str, Any]
 ) -> tuple[dict[str, Any], Embedder | None]:
     """What a new knowledge base stores of itself, and its embedder. Raises UsageError for what does not fit."""
     kind = options["kind"]
@@ -56,9 +57,9 @@ def analyser_settings(analyser: Any) -> dict[str, Any]:
     return Analyser.of(analyser).settings()
 
 
-def describe_embedder(made: Embedder, given: Embedder | str | None) -> dict[str, Any]:
+def describe_embedder(made: Embedder, given: EmbedderLike | None) -> dict[str, Any]:
     """How an embedder is remembered: `spec` makes it again, and is None for one of the user's own."""
-    spec = given if isinstance(given, str) else made.name if given is None else None
+    spec = str(given) if isinstance(given, str | Path) else made.name if given is None else None
     return {"name": made.name, "dimension": made.dimension, "spec": spec}
 
 
@@ -111,15 +112,13 @@ def copy_files(path: Path, now: manifest.Manifest, target: Path) -> None:
     manifest.commit(target, now)
 
 
-def embedder_of(embedder: Embedder | str | None) -> Embedder:
+def embedder_of(embedder: EmbedderLike | None) -> Embedder:
     from nanochat.retrieval.embed import make_embedder
 
-    if embedder is None or isinstance(embedder, str):
-        return make_embedder(embedder)
-    return embedder
+    return make_embedder(embedder)
 
 
-def check_embedder(path: Path, settings: Any, embedder: Embedder | str | None) -> Embedder | None:
+def check_embedder(path: Path, settings: Any, embedder: EmbedderLike | None) -> Embedder | None:
     """The embedder that was given, made. Raises UsageError when it is not the one the knowledge base was built with."""
     if embedder is None:
         return None
