@@ -63,6 +63,8 @@ def nanochat_argv(words: list[str]) -> list[str] | None:
     if words[:2] == ["python", "-m"] and words[2].startswith("scripts."):
         assert (ROOT / "scripts" / f"{words[2].removeprefix('scripts.')}.py").exists()
         return [words[2].removeprefix("scripts."), *words[3:]]
+    if words[:3] == ["python", "-m", "nanochat.retrieval"]:
+        return ["retrieval", *words[3:]]
     return words[1:] if words[0].removeprefix(".venv/bin/") == "nanochat" else None
 
 
@@ -74,8 +76,8 @@ def parsed(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     """The settings that a command would run with; of `download`, the arguments of its work."""
     seen: list[Any] = []
 
-    def parse(config_class: type, argv: list[str] | None = None, prog: str | None = None) -> Any:
-        seen.append(real(config_class, argv, prog))
+    def parse(*arguments: Any, **options: Any) -> Any:
+        seen.append(real(*arguments, **options))
         raise Stop
 
     def download(*arguments: Any) -> Any:

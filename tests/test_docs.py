@@ -58,11 +58,12 @@ def test_flag_tables_are_those_of_the_settings() -> None:
     flags = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(flags)
     assert flags.written(CONFIGURATION) == CONFIGURATION, "the tables are old: run `python dev/flags.py`"
+    no_flags = {"DenseSettings"}  # of an index
     listed = {place.partition(":")[2] for _, place in flags.TABLES}
     defined = set()
     for path in (ROOT / "nanochat").rglob("*.py"):
         defined |= set(re.findall(r"^class (\w+Settings)\b", path.read_text(), flags=re.M))
-    assert listed == defined, "dev/flags.py lists other settings classes than there are"
+    assert listed == defined - no_flags, "dev/flags.py lists other settings classes than there are"
 
 
 def test_every_flag_says_what_it_does() -> None:
@@ -135,7 +136,7 @@ def messages() -> str:
 def test_quoted_symptoms_are_real_messages() -> None:
     text = messages()
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
-    headings = ("Installation", "Data", "Training", "Chat", "Configuration")
+    headings = ("Installation", "Data", "Training", "Chat", "Knowledge bases", "Configuration")
     symptoms = "\n".join(row[0] for heading in headings for row in cells(page, f"## {heading}"))
     quoted = [q for q in re.findall(r"`([^`\n]+)`", symptoms) if " " in q and not q.startswith("--dtype")]
     assert len(quoted) > 30
