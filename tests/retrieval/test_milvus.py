@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -561,3 +562,11 @@ def test_a_wrong_dimension_is_an_error(make):
     with pytest.raises(UsageError, match="shape"):
         kb.add(DOCUMENTS)
     assert (kb.version, list(kb.documents())) == (0, [])
+
+
+def test_the_guide_does_what_it_says(tmp_path, monkeypatch, capsys):
+    guide = Path(__file__).parents[2] / "docs" / "knowledge-bases-cluster.md"
+    code = guide.read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, str(guide), "exec"), {})
+    assert capsys.readouterr().out == "1 moon The Moon has no air.\nThe Moon has no air.\n"
