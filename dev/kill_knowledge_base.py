@@ -2,7 +2,8 @@
 
     python dev/kill_knowledge_base.py --kills 200
 
-A worker changes a knowledge base, says before and after each change which one it is, and is killed. Then the next open
+A worker changes a knowledge base, says before and after each change which one it is, and is killed: after some time,
+or when it is about to open, rename, link or remove its n-th file, so that each step is met often. Then the next open
 must give exactly the state before that change or after it (of an ingestion: after one of its commits), `verify` must be
 clean, older versions must be what they were, searches must find what is there, and the change, made again, must come to
 its end. Ends with one line; the exit code is 0 when all of that held.
@@ -11,8 +12,11 @@ its end. Ends with one line; the exit code is 0 when all of that held.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +31,7 @@ from nanochat.retrieval.knowledge_base import KnowledgeBase
 from nanochat.retrieval.staging import EMBED_AT_ONCE
 
 KINDS = ("add", "update", "delete", "compact", "reindex", "ingest")
+STEPS = ("open", "os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "sqlite3.connect")
 COMMIT_EVERY = 400  # documents of an ingestion
 State = dict[str, str]  # id -> content
 
@@ -103,14 +108,22 @@ def content(kb: KnowledgeBase) -> State:
     return {document.id: document.content for document in kb.documents()}
 
 
-def work(root: Path, kind: str, number: int) -> None:
-    """Change the knowledge base again and again, each time saying so, until killed."""
-    kb = open_there(root)
+def work(root: Path, kind: str, number: int, steps: int) -> None:
+    """Change the knowledge base again and again, each time saying so, until killed; after `steps` of them by itself."""
+    kb, done = open_there(root), [0]
+
+    def step(event: str, _: object) -> None:
+        if done[0] >= 0 and event in STEPS:
+            done[0] += 1
+            if done[0] == steps:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(step)
     while True:
-        state = content(kb)
-        print(f"begin {number}", flush=True)
+        state, before = content(kb), done[0]
+        print("begin", flush=True)
         change(kb, kind, number, state)
-        print(f"done {number}", flush=True)
+        print(f"done {done[0] - before}", flush=True)
         number += 1
 
 
@@ -131,7 +144,8 @@ class Trial:
         self.state: State = {}
         self.versions: dict[int, State] = {0: {}}
         self.number = 0
-        self.seconds = dict.fromkeys(KINDS, 0.5)  # a change takes, roughly
+        self.seconds = dict.fromkeys(KINDS, 0.5)  # that a change takes, roughly
+        self.steps = dict.fromkeys(KINDS, 40.0)
         self.kills: Counter[str] = Counter()
         self.left: Counter[str] = Counter()
         self.wrong: list[str] = []
@@ -143,17 +157,25 @@ class Trial:
             kind = "add"
         if len(self.state) > 3000:
             kind = "delete"
-        command = [sys.executable, __file__, "--work", str(self.root), kind, str(self.number)]
+        after, steps = self.draws.uniform(0, 1.5 * self.seconds[kind]), 0
+        if self.draws.random() < 0.5:
+            after, steps = 30.0, 1 + int(self.draws.uniform(0, 1.2 * self.steps[kind]))
+        command = [sys.executable, __file__, "--work", str(self.root), kind, str(self.number), str(steps)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
             assert worker.stdout is not None
-            worker.stdout.readline()  # it has begun
+            if worker.stdout.readline() != "begin\n":
+                raise SystemExit(f"the worker did not begin: exit code {worker.wait()}")
             began = time.time()
-            time.sleep(self.draws.uniform(0, 1.5 * self.seconds[kind]))
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                worker.wait(after)
             worker.kill()
             said = worker.stdout.read().split()
+        if worker.returncode != -signal.SIGKILL:
+            raise SystemExit(f"the worker failed with exit code {worker.returncode}")
         n_done = said.count("done")
         if n_done:
             self.seconds[kind] = 0.5 * self.seconds[kind] + 0.5 * (time.time() - began) / n_done
+            self.steps[kind] = float(said[-2] if said[-1] == "begin" else said[-1])
         self.kills[kind] += 1
         for _ in range(n_done):
             self.state = outcomes(kind, self.number, self.state)[-1]
@@ -210,10 +232,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--kind", default="hybrid")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--work", nargs=3, metavar=("ROOT", "KIND", "NUMBER"), help=argparse.SUPPRESS)
+    parser.add_argument("--work", nargs=4, metavar=("ROOT", "KIND", "NUMBER", "STEPS"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.work:
-        work(Path(options.work[0]), options.work[1], int(options.work[2]))
+        root, kind, number, steps = options.work
+        work(Path(root), kind, int(number), int(steps))
     began = time.time()
     with tempfile.TemporaryDirectory() as scratch:
         trial = Trial(Path(scratch), options.kind, options.seed)
