@@ -184,8 +184,11 @@ def _sentence_transformers_judge(model: str, max_length: int) -> Judge:
     return lambda query, texts: encoder.predict([(query, text) for text in texts], show_progress_bar=False)
 
 
-def make_reranker(spec: str | Reranker | None, analyser: Analyser | None = None) -> Reranker | None:
-    """A reranker from a name: "feedback", "cross-encoder:DIRECTORY", "none"; a reranker stays what it is.
+def make_reranker(
+    spec: str | Reranker | None, analyser: Analyser | Mapping[str, Any] | str | None = None
+) -> Reranker | None:
+    """A reranker from a name: "feedback", "cross-encoder:DIRECTORY", "none"; a reranker stays what it is. Feedback
+    cuts texts into words by the `analyser`, which should be the knowledge base's.
 
     Raises UsageError for another name."""
     if spec is None or spec == "none":
