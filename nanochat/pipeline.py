@@ -319,7 +319,7 @@ def quickstart(argv: list[str] | None = None) -> None:
         base = directory / "knowledge_base"
         runtime.print0(
             f"ask about documents: {command} chat_cli --run {settings.run} --source rag --knowledge_base {base} "
-            f"--top_k {plan(settings).rag.top_k} --temperature 0 -p {json.dumps(ask_example(plan(settings)))}"
+            f"--documents {plan(settings).rag.top_k} -p {json.dumps(ask_example(plan(settings)))}"
         )
 
 

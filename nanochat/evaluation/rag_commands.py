@@ -20,11 +20,11 @@ from nanochat.errors import UsageError
 from nanochat.evaluation.commands import EvalSettings, load
 from nanochat.evaluation.metrics import write_metrics
 from nanochat.evaluation.rag import Options, measure_rag
-from nanochat.evaluation.rag_questions import complain, load_questions, world_questions
+from nanochat.evaluation.rag_questions import world_questions
 from nanochat.evaluation.rag_result import CONDITIONS, RagResult
 from nanochat.rag.knowledge import open_knowledge
 from nanochat.rag.prompt import ORDERS
-from nanochat.rag.questions import RagQuestion
+from nanochat.rag.questions import RagQuestion, complain, load_questions
 from nanochat.rag.tasks import as_document
 from nanochat.runtime import log
 

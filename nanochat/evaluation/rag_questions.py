@@ -6,16 +6,14 @@ the form in which HotpotQA's authors publish it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 from typing import Any, Protocol
 
 from nanochat.data.world import Question, World
-from nanochat.errors import NanochatError, UsageError
-from nanochat.rag.questions import MAX_SHOWN, RagQuestion, parse_question
+from nanochat.errors import UsageError
+from nanochat.rag.questions import RagQuestion, complain
 from nanochat.retrieval.document import Document, Hit
 from nanochat.tokenizer import Tokenizer
 
@@ -27,14 +25,6 @@ class Knowledge(Protocol):
     with the question."""
 
     def search(self, queries: Sequence[str], k: int = 5) -> Sequence[Sequence[Hit]]: ...
-
-
-def complain(problems: Sequence[str], what: str) -> None:
-    """Raise one UsageError for all problems, the first MAX_SHOWN of them in full; nothing when there are none."""
-    if not problems:
-        return
-    more = f"\n  and {len(problems) - MAX_SHOWN} more" if len(problems) > MAX_SHOWN else ""
-    raise UsageError(f"{what}:\n  " + "\n  ".join(problems[:MAX_SHOWN]) + more)
 
 
 # ---- the tiny world
@@ -70,60 +60,6 @@ def _of_world(question: Question, name: str) -> RagQuestion:
     if not question.answerable:
         return RagQuestion(name, question.text, (), "", ())
     return RagQuestion(name, question.text, (question.answer,), question.sentence, question.gold_documents)
-
-
-# ---- files
-
-
-def load_questions(path: str | Path) -> list[RagQuestion]:
-    """The questions of a file. Raises NanochatError when it cannot be read, UsageError that lists everything wrong with
-    it by line (or by item of a list)."""
-    path = Path(path)
-    found: list[RagQuestion] = []
-    problems: list[str] = []
-    places: dict[str, str] = {}
-    for where, record in _records(path, problems):
-        try:
-            question = parse_question(record, where.replace("line ", "q").replace("item ", "q"))
-            if question.gold and not question.answers:
-                raise ValueError("has gold documents, but no answer that they could state")
-        except KeyError as error:
-            problems.append(f"{where}: lacks {error}")
-        except (ValueError, TypeError, AttributeError) as error:
-            problems.append(f"{where}: {error}")
-        else:
-            if question.id in places:
-                problems.append(f"{where}: the id {question.id!r} stands at {places[question.id]} too")
-            places.setdefault(question.id, where)
-            found.append(question)
-    if not found and not problems:
-        problems.append("it holds no question")
-    complain(problems, f"{path} cannot be evaluated")
-    return found
-
-
-def _records(path: Path, problems: list[str]) -> Iterator[tuple[str, Any]]:
-    """(place, record) of a JSONL file, or of a file that is one JSON list; what is no JSON goes to the problems."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise NanochatError(f"cannot read {path}: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise NanochatError(f"{path}, line {line}: not UTF-8 ({error.reason})") from None
-    is_list = text.lstrip().startswith("[")
-    for number, piece in enumerate([text] if is_list else text.split("\n"), 1):
-        if not piece.strip():
-            continue
-        try:
-            value = json.loads(piece)
-        except (ValueError, RecursionError) as error:
-            problems.append(f"{'the list' if is_list else f'line {number}'}: not JSON: {error}")
-            continue
-        if is_list:
-            yield from ((f"item {i}", item) for i, item in enumerate(value, 1))
-        else:
-            yield f"line {number}", value
 
 
 # ---- before generation

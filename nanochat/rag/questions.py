@@ -4,18 +4,19 @@
 
 `answers` may list several that are right; `sentence` is what the model should say (default: the first answer);
 `documents` ([{"id", "title", "content"}]) gives the documents of the prompt instead of a search; `gold` empty or left
-out: nothing answers the question, and the model should abstain. HotpotQA's records are read as they are.
+out: nothing answers the question, and the model should abstain. HotpotQA's records are read as they are, also as one
+JSON list.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanochat.errors import NanochatError
+from nanochat.errors import NanochatError, UsageError
 from nanochat.retrieval.document import Document
 
 MAX_SHOWN = 20  # problems that one message lists
@@ -37,41 +38,63 @@ class RagQuestion:
         return bool(self.answers)
 
 
-def read_questions(path: str | Path) -> list[RagQuestion]:
-    """All questions of a JSONL file. Raises NanochatError that lists every bad line (the first 20), with its reason."""
+def complain(problems: Sequence[str], what: str) -> None:
+    """Raise one UsageError for all problems, the first MAX_SHOWN of them in full; nothing when there are none."""
+    if not problems:
+        return
+    more = f"\n  and {len(problems) - MAX_SHOWN} more" if len(problems) > MAX_SHOWN else ""
+    raise UsageError(f"{what}:\n  " + "\n  ".join(problems[:MAX_SHOWN]) + more)
+
+
+def load_questions(path: str | Path) -> list[RagQuestion]:
+    """The questions of a file. Raises NanochatError when it cannot be read, UsageError that lists everything wrong with
+    it by line (or by item of a list)."""
     path = Path(path)
     found: list[RagQuestion] = []
     problems: list[str] = []
-    seen: set[str] = set()
-    for number, line in _lines(path):
+    places: dict[str, str] = {}
+    for where, record in _records(path, problems):
         try:
-            question = parse_question(json.loads(line), f"q{number}")
-            if question.id in seen:
-                raise ValueError(f"the id {question.id!r} was given to an earlier question")
+            question = parse_question(record, where.replace("line ", "q").replace("item ", "q"))
+            if question.gold and not question.answers:
+                raise ValueError("has gold documents, but no answer that they could state")
+        except KeyError as error:
+            problems.append(f"{where}: lacks {error}")
         except (ValueError, TypeError, AttributeError) as error:
-            problems.append(f"line {number}: {error}")
-            continue
-        seen.add(question.id)
-        found.append(question)
-    if problems:
-        more = f"\n  and {len(problems) - MAX_SHOWN} more" if len(problems) > MAX_SHOWN else ""
-        listed = "\n  ".join(problems[:MAX_SHOWN])
-        raise NanochatError(f"{path}: {len(problems)} bad line(s); correct or delete them:\n  {listed}{more}")
-    if not found:
-        raise NanochatError(f"{path} holds no question")
+            problems.append(f"{where}: {error}")
+        else:
+            if question.id in places:
+                problems.append(f"{where}: the id {question.id!r} stands at {places[question.id]} too")
+            places.setdefault(question.id, where)
+            found.append(question)
+    if not found and not problems:
+        problems.append("it holds no question")
+    complain(problems, f"{path} cannot be used")
     return found
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def _records(path: Path, problems: list[str]) -> Iterator[tuple[str, Any]]:
+    """(place, record) of a JSONL file, or of a file that is one JSON list; what is no JSON goes to the problems."""
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
-    except FileNotFoundError:
-        raise NanochatError(f"there is no file of questions at {path}") from None
-    except UnicodeDecodeError as error:
-        raise NanochatError(f"{path} is not UTF-8: {error}") from None
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise NanochatError(f"cannot read {path}: {error.strerror or error}") from error
+        raise NanochatError(f"cannot read {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise NanochatError(f"{path}, line {line}: not UTF-8 ({error.reason})") from None
+    is_list = text.lstrip().startswith("[")
+    for number, piece in enumerate([text] if is_list else text.split("\n"), 1):
+        if not piece.strip():
+            continue
+        try:
+            value = json.loads(piece)
+        except (ValueError, RecursionError) as error:
+            problems.append(f"{'the list' if is_list else f'line {number}'}: not JSON: {error}")
+            continue
+        if is_list:
+            yield from ((f"item {i}", item) for i, item in enumerate(value, 1))
+        else:
+            yield f"line {number}", value
 
 
 def parse_question(record: Any, default_id: str) -> RagQuestion:

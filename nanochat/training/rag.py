@@ -17,7 +17,7 @@ from nanochat import config
 from nanochat.data.spec import read_options, split_spec
 from nanochat.errors import NanochatError, UsageError
 from nanochat.rag.knowledge import Knowledge, open_knowledge
-from nanochat.rag.questions import RagQuestion, read_questions
+from nanochat.rag.questions import RagQuestion, load_questions
 from nanochat.rag.tasks import RagWorld, Retrieved, Wrapped
 from nanochat.tasks.registry import open_task
 from nanochat.tasks.task import Curriculum, Mixture, Task
@@ -98,7 +98,7 @@ def validate(settings: RagSettings) -> tuple[Knowledge | None, list[RagQuestion]
     if settings.knowledge_base:
         knowledge = attempt(lambda: open_knowledge(settings.knowledge_base, settings.retriever_type))
         path = settings.questions or Path(settings.knowledge_base).parent / "train.jsonl"
-        questions = attempt(lambda: read_questions(path)) or []
+        questions = attempt(lambda: load_questions(path)) or []
         if knowledge is not None and questions:
             gold = {g for question in questions for g in question.gold}
             missing = sorted(g for g in gold if g not in knowledge)

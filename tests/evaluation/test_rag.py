@@ -16,11 +16,11 @@ from nanochat.errors import NanochatError, UsageError
 from nanochat.evaluation import rag, rag_commands
 from nanochat.evaluation.metrics import share
 from nanochat.evaluation.rag import Options, evaluate_rag, measure_rag
-from nanochat.evaluation.rag_questions import load_questions, world_questions
+from nanochat.evaluation.rag_questions import world_questions
 from nanochat.evaluation.rag_result import CONDITIONS, parts
 from nanochat.model.config import ModelConfig
 from nanochat.model.lm import LM
-from nanochat.rag.questions import RagQuestion
+from nanochat.rag.questions import RagQuestion, load_questions
 from nanochat.rag.tasks import as_document
 from nanochat.retrieval.document import Document, Hit
 from nanochat.tokenizer import Tokenizer

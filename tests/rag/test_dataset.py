@@ -9,9 +9,8 @@ import pytest
 from nanochat import cli
 from nanochat.data.world import World
 from nanochat.errors import UsageError
-from nanochat.evaluation.rag_questions import load_questions
 from nanochat.rag.dataset import SHARES, DatasetSettings, example, prepare
-from nanochat.rag.questions import read_questions
+from nanochat.rag.questions import load_questions
 from nanochat.retrieval import KnowledgeBase
 from nanochat.retrieval.formats import read_qrels, read_queries
 
@@ -72,12 +71,11 @@ def test_training_and_test_share_no_entity(made: Path) -> None:
 
 def test_what_reads_questions_reads_them(made: Path) -> None:
     for name in FILES[1:]:
-        read = read_questions(made / name)
-        assert read == load_questions(made / name)
+        read = load_questions(made / name)
         assert [q.answerable for q in read] == [bool(one["gold"]) for one in records(made / name)]
     queries, qrels = read_queries(made / "test.jsonl"), read_qrels(made / "test.jsonl")
     assert len(queries) == 20
-    assert set(qrels) == {question.id for question in read_questions(made / "test.jsonl") if question.answerable}
+    assert set(qrels) == {question.id for question in load_questions(made / "test.jsonl") if question.answerable}
 
 
 def test_the_rag_stage_accepts_it(made: Path) -> None:
