@@ -301,6 +301,8 @@ def import_faiss() -> ModuleType:
         import faiss
     except ImportError as error:
         raise UsageError("dense indexes need faiss-cpu: pip install 'nanochat[rag]'") from error
+    if not hasattr(faiss, "IndexIVFRaBitQFastScan"):
+        raise UsageError(f"dense indexes need faiss-cpu 1.15, this is {faiss.__version__}: pip install 'nanochat[rag]'")
     return faiss
 
 

@@ -333,6 +333,23 @@ def test_arrays_are_plain_npy(tmp_path):
     np.testing.assert_array_equal(np.load(path / "000001.vectors.npy"), vectors.astype(np.float16))
 
 
+def test_a_missing_or_old_faiss_is_named(tmp_path, monkeypatch):
+    import sys
+
+    from nanochat.retrieval.segment import import_faiss
+
+    path = write(tmp_path / "a", np.arange(3000), unit(3000))
+    import_faiss.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.delattr("faiss.IndexIVFRaBitQFastScan")
+        with pytest.raises(UsageError, match=r"1\.15.*nanochat\[rag\]"):
+            DenseIndex.open(path, {}).search(unit(1), 5)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "faiss", None)
+        with pytest.raises(UsageError, match=r"nanochat\[rag\]"):
+            DenseIndex.open(path, {}).search(unit(1), 5)
+
+
 def test_several_threads_search_at_once(tmp_path):
     from concurrent.futures import ThreadPoolExecutor
 
