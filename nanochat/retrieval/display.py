@@ -13,6 +13,7 @@ from nanochat.retrieval.manifest import Version
 
 LONGEST_ID = 40  # characters; what is longer is cut in tables, not in JSON
 LEAST_TEXT = 30  # characters of a passage that a narrow terminal shows all the same
+LONGEST_TEXT = 100_000  # characters of a passage that are looked through for the place to show
 BEFORE = 30  # characters that a shown piece of a passage begins before the word that was asked for
 
 
@@ -43,20 +44,27 @@ def hits_table(query: str, hits: Sequence[Hit], full: bool = False) -> str:
 
 
 def excerpt(document: Document, query: str, width: int) -> str:
-    """The title and a piece of the content around the first of the query's longer words, on one line."""
-    title, text = _printable(document.title), _printable(document.content)
+    """The title and a piece of the content around what was asked for, on one line."""
+    title, text = _printable(document.title), _printable(document.content[:LONGEST_TEXT])
     if title:
         title = _cut(title, width // 2) + ": "
     room = width - len(title)
-    words = sorted((word for word in re.findall(r"\w+", query) if len(word) > 3), key=len, reverse=True)
-    places = [place for word in words if (place := text.casefold().find(word.casefold()[:6])) >= 0]
-    start = max(0, min(places, default=0) - BEFORE)
+    start = max(0, _place(query, text) - BEFORE)
     if start + room > len(text):
         start = max(0, len(text) - room)
     if start:
         start = text.find(" ", start, start + BEFORE) + 1 or start
         return title + _cut("…" + text[start:], room)
     return title + _cut(text, room)
+
+
+def _place(query: str, text: str) -> int:
+    """Where the first of the query's longer words (or else of its others) begins in the text; 0: nowhere."""
+    words = re.findall(r"\w+", query)
+    for some in ([re.escape(word[:6]) for word in words if len(word) > 3], [rf"{re.escape(word)}\b" for word in words]):
+        if some and (found := re.search(rf"\b(?:{'|'.join(some)})", text, flags=re.IGNORECASE)):
+            return found.start()
+    return 0
 
 
 def versions_table(versions: Sequence[Version]) -> str:

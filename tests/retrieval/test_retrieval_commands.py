@@ -511,6 +511,8 @@ def test_excerpts_show_what_was_asked_for() -> None:
     assert text.startswith("A title that is long: …")
     assert len(text) <= 80
     assert display.excerpt(Document("x", "short"), "needle", 80) == "short"
+    numbered = Document("x", " ".join(f"w{i}" for i in range(1000)))
+    assert " w700 " in display.excerpt(numbered, "w700", 60)
 
 
 # ---- the program
