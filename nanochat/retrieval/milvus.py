@@ -20,60 +20,32 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from nanochat.errors import UsageError
-from nanochat.retrieval.analysis import Analyser
-from nanochat.retrieval.document import Document, Embedder, Filter, Hit, Reranker, clean_text, content_hash
-from nanochat.retrieval.filters import check
+from nanochat.retrieval.document import Document, Embedder, clean_text, content_hash
 from nanochat.retrieval.jsonl import file_list, read_documents
-from nanochat.retrieval.manifest import Version
-from nanochat.retrieval.milvus_check import problems, whole_documents
-from nanochat.retrieval.milvus_client import Connection, History, WriterLock, staging_directory
-from nanochat.retrieval.milvus_rows import Shape, any_of, indexes, key_of, passages, schema, visible
-from nanochat.retrieval.milvus_search import Searcher, answer
+from nanochat.retrieval.milvus_client import Connection, History, WriterLock
+from nanochat.retrieval.milvus_reader import FORMAT, MilvusReader, shape_of
+from nanochat.retrieval.milvus_rows import indexes, schema
 from nanochat.retrieval.milvus_writer import MilvusWriter
-from nanochat.retrieval.opening import check_analyser, check_embedder, new_settings
-from nanochat.retrieval.search import Query
+from nanochat.retrieval.opening import new_settings
 from nanochat.retrieval.staging import Staging
 from nanochat.retrieval.writer import Change
 
-FORMAT = 1
 KINDS = ("bm25", "dense", "hybrid")
-LOCK_TIMEOUT = 60.0  # seconds that a second writer waits
 
 
-class MilvusKnowledgeBase:
+class MilvusKnowledgeBase(MilvusReader):
     """Made by `create`, opened by `open`. A context manager; `close` ends the connection.
 
     It reads one version until `refresh`; a change moves it on. One writer at a time: a second waits. Raises UsageError
     for wrong arguments, NanochatError for what goes wrong."""
-
-    def __init__(
-        self,
-        connection: Connection,
-        collection: str,
-        settings: Mapping[str, Any],
-        version: Version,
-        embedder: Embedder | None = None,
-        read_only: bool = False,
-        pinned: bool = False,
-        owns: bool = True,
-    ) -> None:
-        self._call, self.collection, self.settings, self._version = connection, collection, dict(settings), version
-        self.read_only, self._pinned, self._embedder = read_only, pinned, embedder
-        self._owns = owns  # the connection
-        self.lock_timeout = LOCK_TIMEOUT
-        self.staging = staging_directory(connection.uri, collection)  # vectors of an ingestion that is under way
-        self._history = History(connection, collection)
-        self.shape = _shape(settings)  # how documents become rows
-
-    # -- making and opening --------------------------------------------------------------------------------------------
 
     @classmethod
     def create(
@@ -106,203 +78,12 @@ class MilvusKnowledgeBase:
         fused = {"fusion": fusion, "weights": list(weights) if weights else None, "depth": depth}
         settings, made = new_settings(options, analyser, embedder, fused)
         with Connection(uri, token, database).closed_on_error() as connection:
-            history, shape = History(connection, collection), _shape(settings)
+            history, shape = History(connection, collection), shape_of(settings)
             if history.exists or connection("has_collection", collection):
                 raise UsageError(f"collection {collection!r} exists at {uri}: open it, or choose another name")
             connection.create(collection, schema(shape), indexes(shape, dense_index, connection.local))
             history.create(settings)
             return cls(connection, collection, settings, history.find(None), made)
-
-    @classmethod
-    def open(
-        cls,
-        uri: str,
-        *,
-        collection: str = "knowledge",
-        embedder: Embedder | str | None = None,
-        analyser: Any = None,
-        version: int | str | None = None,
-        read_only: bool = False,
-        token: str = "",
-        database: str = "",
-    ) -> MilvusKnowledgeBase:
-        """Open a knowledge base; with `version`, a number or a tag, a read-only view of it. Another embedder or
-        analyser than it was built with is an error, and so is a newer format."""
-        with Connection(uri, token, database).closed_on_error() as connection:
-            history = History(connection, collection)
-            if not history.exists:
-                raise UsageError(f"no knowledge base {collection!r} at {uri}; `create` makes one")
-            for name in (collection, history.collection):
-                connection("load_collection", name)
-            settings = history.settings()
-            if settings["format"] > FORMAT:
-                raise UsageError(f"{collection!r} at {uri} has format {settings['format']}: install a newer nanochat")
-            where = Path(f"{uri} {collection}")
-            made = check_embedder(where, settings, embedder)
-            check_analyser(where, settings, analyser)
-            pinned = version is not None
-            return cls(connection, collection, settings, history.find(version), made, read_only or pinned, pinned)
-
-    def at(self, version: int | str) -> MilvusKnowledgeBase:
-        """A read-only view of a version, by number or tag, over the same connection."""
-        found = self._history.find(version)
-        return MilvusKnowledgeBase(self._call, self.collection, self.settings, found, self._embedder, True, True, False)
-
-    def refresh(self) -> bool:
-        """Move on to the newest version; whether there was a newer state."""
-        before = self._version
-        if not self._pinned:
-            self._version = self._history.find(None)
-        return self._version != before
-
-    def close(self) -> None:
-        """End the connection, which the views made by `at` use too; closing one of those does nothing."""
-        if self._owns:
-            self._call.close()
-
-    def __enter__(self) -> MilvusKnowledgeBase:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        return f"<MilvusKnowledgeBase {self._place}: {self.kind}, version {self.version}, {len(self):,} documents>"
-
-    # -- reading -------------------------------------------------------------------------------------------------------
-
-    @property
-    def kind(self) -> str:
-        """bm25, dense or hybrid."""
-        return str(self.settings["kind"])
-
-    @property
-    def version(self) -> int:
-        """The number of the version that is searched."""
-        return self._version.number
-
-    @property
-    def _place(self) -> str:
-        return f"{self._call.uri} {self.collection}"
-
-    @property
-    def embedder(self) -> Embedder:
-        """The embedder of a dense or hybrid knowledge base; made at first use. Raises UsageError when it is one of
-        your own that was not given."""
-        if self._embedder is None:
-            described = self.settings.get("embedder")
-            if described is None:
-                raise UsageError(f"a knowledge base of kind {self.kind!r} has no embedder")
-            if described["spec"] is None:
-                name = repr(described["name"])
-                raise UsageError(f"{self._place} was built with the embedder {name} of your own: give it as `embedder`")
-            self._embedder = check_embedder(Path(self._place), self.settings, described["spec"])
-            assert self._embedder is not None
-        return self._embedder
-
-    @overload  # a text is a sequence of texts too, and comes first
-    def search(  # type: ignore[overload-overlap]
-        self,
-        queries: str,
-        k: int = 5,
-        filter: Filter | None = None,
-        *,
-        mode: str | None = None,
-        normalize: bool | str = False,
-        unique: bool = False,
-        reranker: Reranker | None = None,
-        candidates: int = 50,
-    ) -> list[Hit]: ...
-    @overload
-    def search(
-        self,
-        queries: Sequence[str],
-        k: int = 5,
-        filter: Filter | None = None,
-        *,
-        mode: str | None = None,
-        normalize: bool | str = False,
-        unique: bool = False,
-        reranker: Reranker | None = None,
-        candidates: int = 50,
-    ) -> list[list[Hit]]: ...
-    def search(
-        self,
-        queries: str | Sequence[str],
-        k: int = 5,
-        filter: Filter | None = None,
-        *,
-        mode: str | None = None,
-        normalize: bool | str = False,
-        unique: bool = False,
-        reranker: Reranker | None = None,
-        candidates: int = 50,
-    ) -> list[Hit] | list[list[Hit]]:
-        """The best `k` passages for a query, or a list of them for each of several; see KnowledgeBase.search."""
-        query = Query(k, filter, mode, normalize, unique, reranker, candidates)
-        conditions = check(filter)
-        searcher = Searcher(self._call, self.collection, self.shape, self.settings, self._version)
-        if isinstance(queries, str):
-            return answer(searcher, [queries], query, conditions, lambda: self.embedder)[0]
-        return answer(searcher, queries, query, conditions, lambda: self.embedder)
-
-    def get(self, id: str) -> Document:
-        """The whole document with this id. Raises UsageError when there is none."""
-        if isinstance(id, str):
-            where = f"{any_of('key', [key_of(clean_text(id))])} and {visible(self.version)}"
-            for document, _ in whole_documents(self._call, self.collection, where):
-                return document
-        raise UsageError(f"no document {id!r} in version {self.version} of {self._place}")
-
-    def __contains__(self, id: object) -> bool:
-        if not isinstance(id, str):
-            return False
-        where = f"{any_of('key', [key_of(clean_text(id))])} and part == 0 and {visible(self.version)}"
-        return any(True for _ in self._call.rows(self.collection, where, ["row"]))
-
-    def __len__(self) -> int:
-        return self._version.documents
-
-    def __bool__(self) -> bool:
-        return True  # an empty knowledge base is one
-
-    def documents(self) -> Iterator[Document]:
-        """All documents, whole, in the order in which they were added."""
-        for document, _ in whole_documents(self._call, self.collection, visible(self.version)):
-            yield document
-
-    def passages(self, document: Document) -> list[str]:
-        """The texts that this knowledge base would index and embed for a document."""
-        return [passage.document.text for passage in passages(document, self.shape)]
-
-    def versions(self) -> list[Version]:
-        """All versions that can be searched, as of now, oldest first, with their tags."""
-        return self._history.versions()
-
-    def stats(self) -> dict[str, Any]:
-        """Counts and settings, as JSON values. `rows` counts the passages of all versions."""
-        [count] = self._call("query", self.collection, filter="", output_fields=["count(*)"])
-        return {
-            "path": self._place,
-            "kind": self.kind,
-            "version": self.version,
-            "versions": len(self.versions()),
-            "documents": self._version.documents,
-            "passages": self._version.passages,
-            "rows": int(count["count(*)"]),
-            "embedder": self.settings["embedder"]["name"] if "embedder" in self.settings else None,
-            "analyser": self.settings.get("analyser"),
-            "chunk_words": self.settings["chunk_words"],
-            "overlap_words": self.settings["overlap_words"],
-            "created": self.settings["created"],
-        }
-
-    def verify(self) -> list[str]:
-        """Read all texts of all versions and compare them with their hashes, and count them: what is wrong, as
-        sentences. Vectors and files are Milvus's own to check."""
-        return list(problems(self._call, self.collection, self.versions()))
-
-    # -- changing ------------------------------------------------------------------------------------------------------
 
     def add(self, documents: Iterable[Document], on_duplicate: str = "skip", on_error: str = "raise") -> Change:
         """Add documents, all of them or none; see KnowledgeBase.add."""
@@ -401,14 +182,3 @@ class MilvusKnowledgeBase:
             yield
         finally:
             lock.release()
-
-
-def _shape(settings: Mapping[str, Any]) -> Shape:
-    embedder = settings.get("embedder")
-    return Shape(
-        lexical="analyser" in settings,
-        dimension=embedder["dimension"] if embedder else None,
-        analyser=Analyser.of(settings.get("analyser")),
-        chunk_words=settings["chunk_words"],
-        overlap_words=settings["overlap_words"],
-    )

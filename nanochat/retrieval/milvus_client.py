@@ -50,7 +50,7 @@ class Connection:
     process. Raises UsageError for other places, NanochatError when there is no answer."""
 
     def __init__(self, uri: str, token: str = "", database: str = "", timeout: float = 30.0) -> None:
-        self.uri, self.timeout = uri, timeout
+        self.uri, self.database, self._closed = uri, database, False
         self.local = not uri.startswith(("http://", "https://", "tcp://", "unix:"))
         if self.local and not uri.endswith(".db"):
             raise UsageError(f"{uri!r} is no Milvus: give http://host:19530, or a local file that ends in .db")
@@ -86,6 +86,7 @@ class Connection:
 
     def __call__(self, request: str, *arguments: Any, **options: Any) -> Any:
         """A method of pymilvus.MilvusClient. Raises NanochatError."""
+        self.check_open()
         with self._failures(request):
             return getattr(self._client, request)(*arguments, **options)
 
@@ -127,7 +128,14 @@ class Connection:
             self.close()
             raise
 
+    def check_open(self) -> None:
+        if self._closed:
+            raise UsageError(f"the knowledge base at {self.uri} was closed")
+
     def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
         self._client.close()
         if self.local:
             self._take_local(-1)
