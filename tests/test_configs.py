@@ -14,7 +14,8 @@ from nanochat.model.mamba import Mamba
 from nanochat.model.mamba2 import Mamba2
 from nanochat.runtime import Runtime
 from nanochat.training.commands import TokenizerSettings, horizon, train_base, train_tokenizer
-from nanochat.training.settings import BaseSettings, MidSettings, SFTSettings
+from nanochat.training.rag import RagSettings, train_rag
+from nanochat.training.settings import BaseSettings, MidSettings, SFTSettings, check_architecture
 
 ROOT = Path(__file__).parents[1]
 T, M, M2 = Attention, Mamba, Mamba2
@@ -38,6 +39,7 @@ BLOCKS = {
     "tiny_mamba2": [M2] * 4,
     "tiny_hybrid": [M2, M2, M2, T],
 }
+RAG = {"rag_mamba_d20": "mamba_d20", "rag_hybrid_d20": "hybrid_alternating_d20", "rag_tiny": None}
 WIDTH = {"d12": 768, "d20": 1280, "tiny": 64}
 GPU = sorted((ROOT / "configs" / "gpu").glob("*.py"))
 WORLD = "world:seed=0,known=10,wordings=4"
@@ -48,7 +50,7 @@ def path_of(name: str) -> str:
 
 
 def test_the_table_names_every_config() -> None:
-    assert {path.stem for path in (ROOT / "configs").glob("*.py")} == set(BLOCKS)
+    assert {path.stem for path in (ROOT / "configs").glob("*.py")} == set(BLOCKS) | set(RAG)
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -69,6 +71,17 @@ def test_every_stage_takes_it_and_flags_win(name: str) -> None:
         assert settings.device_batch_size == 2
         assert settings.total_batch_size == (0 if name.startswith("tiny") else 524288)
         assert horizon(replace(settings, num_iterations=1), 0, settings.sequence_len or 0, cpu(world_size=2))[1] >= 1
+
+
+@pytest.mark.parametrize(("name", "base"), RAG.items())
+def test_rag_configs_agree_with_the_model_that_they_fine_tune(name: str, base: str | None) -> None:
+    settings = config.parse(RagSettings, [path_of(name), "--contexts=documents=3", "--device_batch_size=1"])
+    settings.check()
+    assert settings.device_batch_size == 1
+    if base:
+        saved = ModelConfig(vocab_size=1000, **config.parse(BaseSettings, [path_of(base)]).model_options()).resolved()
+        check_architecture(saved, settings, base)
+    assert horizon(replace(settings, num_iterations=1), 0, settings.sequence_len or 0, cpu(world_size=2))[1] >= 1
 
 
 @pytest.mark.parametrize("path", GPU, ids=[path.stem for path in GPU])
@@ -104,3 +117,6 @@ def test_tiny_ones_train(name: str, out_dir: Path) -> None:
     metrics = train_base(config.parse(BaseSettings, [path_of(name), *flags, "--device=cpu", "--dtype=float32"]))
     assert 0 < metrics["train_loss"] < 7
     assert (out_dir / name / "base" / "step_000002" / "meta.json").exists()
+    flags = ["--run", name, "--out_dir", str(out_dir), "--source=base", "--num_iterations=2", "--eval_tokens=512"]
+    metrics = train_rag(config.parse(RagSettings, [path_of("rag_tiny"), *flags, "--device=cpu", "--dtype=float32"]))
+    assert 0 < metrics["train_loss"] < 7
