@@ -235,7 +235,12 @@ class Reader:
         with writer_lock(self.path, self.lock_timeout, to_read=True):
             return verification.problems(self.path)
 
-    def copy(self, directory: str | Path) -> None:
+    @classmethod
+    def load(cls: type[Opened], directory: str | Path) -> Opened:
+        """`open`, by the name that retrievers give it."""
+        return cls.open(directory)
+
+    def save(self, directory: str | Path) -> None:
         """Copy what is there, with all versions, to a directory that is new or empty: a backup."""
         self._check_open()
         target = Path(directory)

@@ -11,6 +11,7 @@ from nanochat.errors import UsageError
 from nanochat.retrieval import hybrid, manifest
 from nanochat.retrieval.document import Document, Filter, Hit, Reranker, Retriever
 from nanochat.retrieval.knowledge_base import KnowledgeBase
+from nanochat.retrieval.search import check_k
 
 
 class StoredRetriever:
@@ -55,7 +56,7 @@ class StoredRetriever:
 
     def save(self, directory: str | Path) -> None:
         """Copy the knowledge base, with its versions, to a directory that is new or empty."""
-        self.kb.copy(directory)
+        self.kb.save(directory)
 
     @classmethod
     def load(cls, directory: str | Path, **options: Any) -> Any:
@@ -150,7 +151,7 @@ class HybridRetriever:
         if self.reranker is not None:
             found: list[Hit] | list[list[Hit]] = self.inner.kb.search(queries, k, filter, reranker=self.reranker)
         else:
-            found = self.inner.search(queries, k, filter)
+            found = self.inner.search(queries, check_k(k), filter)
         return found
 
     def add(self, documents: Iterable[Document]) -> Any:
@@ -178,6 +179,7 @@ class HybridRetriever:
             manifest.read(Path(directory))
             return cls(path=directory, **options)
         loaded = cls.__new__(cls)
+        options.setdefault("reranker", None)
         loaded.reranker, loaded.inner = None, hybrid.HybridRetriever.load(directory, **options)
         return loaded
 

@@ -30,16 +30,14 @@ class Query:
 
 def run(view: View, queries: Sequence[str], query: Query, embedder: Callable[[], Embedder]) -> list[list[Hit]]:
     """The hits for each text. Raises UsageError for wrong arguments."""
-    k = query.k
-    if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
-        raise UsageError(f"k must be a whole number of 1 or more, not {k!r}")
+    k = check_k(query.k)
     texts = [clean_text(_text(one)) for one in queries]
     kinds = _kinds(view, query.mode)
     conditions = check(query.filter)
     if not texts or not view.version.passages:
         return [[] for _ in texts]
     allowed = view.allowed(conditions) if conditions else None
-    depth = max(int(k), query.candidates) if query.reranker else int(k)
+    depth = max(k, query.candidates) if query.reranker else k
     vectors = _embed(texts, embedder()) if "dense" in kinds else None
     founds = _rank(view, kinds, texts, vectors, depth, allowed)
     if query.unique:
@@ -51,13 +49,20 @@ def run(view: View, queries: Sequence[str], query: Query, embedder: Callable[[],
     if query.reranker is not None:
         from nanochat.retrieval.rerank import rerank
 
-        answers = [rerank(query.reranker, text, hits, int(k)) for text, hits in zip(texts, answers)]
+        answers = [rerank(query.reranker, text, hits, k) for text, hits in zip(texts, answers)]
     if query.normalize:
         from nanochat.retrieval.fusion import normalize
 
         kind = "minmax" if query.normalize is True else query.normalize
         answers = [normalize(hits, kind) for hits in answers]
     return answers
+
+
+def check_k(k: Any) -> int:
+    """Raises UsageError unless k is a count."""
+    if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
+        raise UsageError(f"k must be a whole number of 1 or more, not {k!r}")
+    return int(k)
 
 
 def _text(query: Any) -> str:

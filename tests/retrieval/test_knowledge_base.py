@@ -506,13 +506,13 @@ def test_indexes_can_be_built_anew(hybrid: KnowledgeBase) -> None:
 def test_a_copy_is_whole(kb: KnowledgeBase, tmp_path: Path) -> None:
     kb.add([MOON, SUN])
     kb.delete("sun")
-    kb.copy(tmp_path / "copy")
+    kb.save(tmp_path / "copy")
     with KnowledgeBase.open(tmp_path / "copy") as copy:
         assert not copy.verify()
         assert list(copy.documents()) == [MOON]
         assert ids(copy.at(1).search("star")) == ["sun"]
     with pytest.raises(UsageError, match="holds a knowledge base already"):
-        kb.copy(tmp_path / "copy")
+        kb.save(tmp_path / "copy")
 
 
 # -- readers and writers -----------------------------------------------------------------------------------------------
@@ -584,7 +584,7 @@ def test_opening_survives_a_writer_that_deletes(kb: KnowledgeBase, monkeypatch: 
         return real(path, now, *rest)  # type: ignore[arg-type]
 
     backup = kb.path.parent / "later"
-    kb.copy(backup)
+    kb.save(backup)
     with KnowledgeBase.open(backup) as later:
         later.update([Document("moon", "dust")])
     monkeypatch.setattr(opening, "View", slow)
