@@ -161,7 +161,7 @@ def _batches(segments: Iterable[Segment], at_once: int = 2000) -> Iterator[Batch
     for segment in segments:
         rows = segment.expand(np.asarray(segment.rows[0]))
         for start in range(0, len(rows), at_once):
-            documents = segment.fetch(rows[start : start + at_once])
+            documents = segment.fetch(rows[start : start + at_once].tolist())
             texts = {row: documents[row].text for row in sorted(documents)}
             texts = {row: text for row, text in texts.items() if text and not text.isspace()}
             if texts:

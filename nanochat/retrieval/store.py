@@ -53,14 +53,15 @@ class Known(NamedTuple):
     source: str
 
 
-def hash_id(id: str) -> int:
-    """64 bits that stand for an id in `ids.npy`; equal ones are told apart by the id itself."""
-    return int.from_bytes(blake2b(id.encode(), digest_size=8).digest(), "little")
+def hash_id(id: str) -> bytes:
+    """8 bytes that stand for an id in `places.npy`; equal ones are told apart by the id itself."""
+    return blake2b(id.encode(), digest_size=8).digest()
 
 
-def hash_content(hash: bytes) -> int:
-    """64 bits that stand for a content hash in `hashes.npy`."""
-    return int.from_bytes(hash[:8], "little")
+def numbers(hashes: Sequence[bytes]) -> np.ndarray:
+    """(n,) uint64: the first 8 bytes of each hash; all are of one length."""
+    joined = np.frombuffer(b"".join(hashes), "<u8")
+    return joined.reshape(len(hashes), -1)[:, 0].astype(np.uint64) if len(hashes) else joined
 
 
 class SegmentWriter:
@@ -89,7 +90,7 @@ class SegmentWriter:
     def add(
         self,
         documents: Sequence[tuple[int, int, str, bytes, str, str, str, str | None]],
-        id_hashes: Iterable[int],
+        id_hashes: Sequence[bytes],
         passages: Sequence[tuple[int, int, int, str]],
         fields: Iterable[tuple[int, Mapping[str, Any]]],
     ) -> None:
@@ -109,8 +110,8 @@ class SegmentWriter:
             execute("INSERT INTO loose VALUES (?, ?, ?)", loose)
         self.rows.extend([document[0] for document in documents])
         self.counts.extend([document[1] for document in documents])
-        self.hashes.extend([hash_content(document[3]) for document in documents])
-        self.ids.extend(id_hashes)
+        self.hashes.frombytes(numbers([document[3] for document in documents]).tobytes())
+        self.ids.frombytes(numbers(id_hashes).tobytes())
 
     def known(self, rows: Sequence[int]) -> dict[int, tuple[str, Known]]:
         """As `Segment.known`, while it is being filled."""
@@ -219,7 +220,6 @@ class Segment:
         self._lock = threading.Lock()
         with self._reading():
             self._connection = sqlite3.connect(_uri(directory), uri=True, isolation_level=None, check_same_thread=False)
-            self._connection.execute("PRAGMA mmap_size=1073741824")
             self._connection.execute("SELECT 1 FROM documents LIMIT 1").fetchone()  # opens the file: it may be removed
 
     @contextlib.contextmanager
@@ -228,7 +228,7 @@ class Segment:
             with self._lock:
                 yield
         except sqlite3.Error as error:
-            raise NanochatError(f"cannot read {self.directory} ({error}); `verify` tells what is damaged") from error
+            raise self._damage(error) from error
 
     def close(self) -> None:
         self._connection.close()
@@ -270,36 +270,35 @@ class Segment:
         with self._reading():
             return _known(self._connection, rows)
 
-    def fetch(self, rows: np.ndarray) -> dict[int, Document]:
+    def fetch(self, rows: Sequence[int]) -> dict[int, Document]:
         """Row -> the passage as a document, for rows of this segment; others are left out."""
-        places = self.places(rows)
-        rows, places = rows[places >= 0], places[places >= 0]
-        firsts = dict(zip(rows.tolist(), self.rows[0][places].tolist()))
         columns = "SELECT row, id, title, source, metadata, content FROM documents WHERE row IN"
-        found = {values[0]: values[1:] for values in self._select(columns, list(set(firsts.values())))}
         documents: dict[int, Document] = {}
-        cut: list[int] = []
-        for row, first in firsts.items():
-            id, title, source, metadata, content = found[first]
-            if content is None:
-                cut.append(row)
-            else:
-                documents[row] = Document(id, content, title, source, _metadata(metadata))
-        for row, (start, end, text) in self._cut_out(cut, firsts).items():
-            id, title, source, metadata, _ = found[firsts[row]]
-            documents[row] = Document(id, text, title, source, _metadata(metadata), (start, end))
+        for row, id, title, source, metadata, content in self._select(columns, rows):
+            if content is not None:
+                documents[row] = Document(id, content, title, source, json.loads(metadata) if metadata else {})
+        if len(documents) < len(rows):
+            documents.update(self._fetch_passages([row for row in rows if row not in documents], columns))
         return documents
 
-    def _cut_out(self, cut: list[int], firsts: Mapping[int, int]) -> dict[int, tuple[int, int, str]]:
-        """Row -> start, end and text of a passage, which may reach into the texts stored with the following ones."""
-        if not cut:
-            return {}
+    def _fetch_passages(self, rows: Sequence[int], columns: str) -> Iterator[tuple[int, Document]]:
+        """Of the rows, those that are passages of documents that were cut."""
+        places = self.places(np.array(rows, np.int64))
+        firsts = {row: int(self.rows[0][place]) for row, place in zip(rows, places.tolist()) if place >= 0}
+        found = {values[0]: values[1:] for values in self._select(columns, list(set(firsts.values())))}
+        for row, (start, end, text) in self._cut_out(firsts).items():
+            id, title, source, metadata, _ = found[firsts[row]]
+            yield row, Document(id, text, title, source, json.loads(metadata) if metadata else {}, (start, end))
+
+    def _cut_out(self, firsts: Mapping[int, int]) -> dict[int, tuple[int, int, str]]:
+        """Row -> start, end and text of passages, which may reach into the texts stored with the following ones; given
+        are the first rows of their documents."""
         query = "SELECT row, start, end, text FROM passages WHERE row IN"
-        pieces = {v[0]: v[1:] for v in self._select(query, list({*cut, *(row + 1 for row in cut)}))}
+        pieces = {v[0]: v[1:] for v in self._select(query, list({*firsts, *(row + 1 for row in firsts)}))}
         found = {}
-        for row in cut:
+        for row, first in firsts.items():
             start, end, text = pieces[row]
-            skip = start if row == firsts[row] else 0
+            skip = start if row == first else 0
             following = row
             while len(text) < skip + end - start:
                 following += 1
@@ -319,7 +318,7 @@ class Segment:
                     "SELECT text FROM passages WHERE row >= ? AND row < ? ORDER BY row", (row, row + n)
                 ).fetchall()
             content = "".join([text for (text,) in texts])
-        return Document(id, content, title, source, _metadata(metadata))
+        return Document(id, content, title, source, json.loads(metadata) if metadata else {})
 
     def matching(self, conditions: Mapping[str, Condition]) -> np.ndarray:
         """The first rows, sorted, of the documents that pass the filter."""
@@ -340,14 +339,20 @@ class Segment:
 
     def _matching_ids(self, condition: Condition) -> np.ndarray:
         ids = {id for id in (*condition.get("in", ()), condition.get("eq")) if isinstance(id, str) and id}
-        hashes = np.array([hash_id(id) for id in ids], np.uint64)
+        hashes = numbers([hash_id(id) for id in ids])
         found = self.known([row for _, row in self.with_ids(hashes)])
         rows = [row for row, (id, _) in found.items() if matches(Document(id, ""), {"id": condition})]
         return np.array(sorted(rows), np.int64)
 
     def _select(self, query: str, rows: Sequence[int]) -> list[tuple[Any, ...]]:
-        with self._reading():
-            return _select(self._connection, query, rows)
+        try:
+            with self._lock:
+                return _select(self._connection, query, rows)
+        except sqlite3.Error as error:
+            raise self._damage(error) from error
+
+    def _damage(self, error: sqlite3.Error) -> NanochatError:
+        return NanochatError(f"cannot read {self.directory} ({error}); `verify` tells what is damaged")
 
 
 def _known(connection: sqlite3.Connection, rows: Sequence[int]) -> dict[int, tuple[str, Known]]:
@@ -356,10 +361,12 @@ def _known(connection: sqlite3.Connection, rows: Sequence[int]) -> dict[int, tup
 
 
 def _select(connection: sqlite3.Connection, query: str, rows: Sequence[int]) -> list[tuple[Any, ...]]:
+    if len(rows) <= _AT_ONCE:
+        return connection.execute(f"{query} ({','.join('?' * len(rows))})", rows).fetchall()
     found: list[tuple[Any, ...]] = []
     for start in range(0, len(rows), _AT_ONCE):
         part = rows[start : start + _AT_ONCE]
-        found += connection.execute(f"{query} ({', '.join('?' * len(part))})", part).fetchall()
+        found += _select(connection, query, part)
     return found
 
 
@@ -381,7 +388,3 @@ def _load(path: Path) -> np.ndarray:
     if values.ndim != 2 or values.shape[0] != 6 or not values.shape[1] or values.dtype != np.int64:
         raise ValueError(f"{path.name} has the shape {values.shape}")
     return values.view(np.ndarray)
-
-
-def _metadata(text: str) -> dict[str, Any]:
-    return json.loads(text) if text else {}

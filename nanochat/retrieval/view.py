@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import threading
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from nanochat.retrieval.filters import Condition
 from nanochat.retrieval.generation import Generation, serving
 from nanochat.retrieval.manifest import Manifest, Version
 from nanochat.retrieval.removed import removed_at
-from nanochat.retrieval.store import Known, Segment, hash_id
+from nanochat.retrieval.store import Known, Segment, hash_id, numbers
 
 SPARE = 1.3  # how many more rows are asked for than would do if hidden ones were spread evenly
 CACHED_FILTERS = 16  # the latest ones; and together up to so many bytes
@@ -51,7 +52,7 @@ class View:
         for info in manifest.segments:
             if info.first_row <= version.last_row:
                 self.segments.append(had.get(info.name) or Segment(directory / info.name))
-        self._ends = np.array([segment.rows[0][-1] + segment.rows[1][-1] for segment in self.segments], np.int64)
+        self._ends = [int(segment.rows[0][-1] + segment.rows[1][-1]) for segment in self.segments]
         self.removed = removed_at(directory, manifest, version)
         chosen = serving(manifest.generations, version)
         self.generation: Generation | None = None
@@ -144,11 +145,13 @@ class View:
 
     def fetch(self, rows: np.ndarray) -> dict[int, Document]:
         """Row -> passage. Raises NanochatError for a row that no segment holds."""
-        at = np.searchsorted(self._ends, rows, side="right")
+        parts: dict[int, list[int]] = {}
+        for row in rows.tolist():
+            parts.setdefault(bisect_right(self._ends, row), []).append(row)
         documents: dict[int, Document] = {}
-        for i in set(at.tolist()):
+        for i, part in parts.items():
             if i < len(self.segments):
-                documents.update(self.segments[i].fetch(rows[at == i]))
+                documents.update(self.segments[i].fetch(part))
         if len(documents) < len(rows):
             missing = sorted(set(rows.tolist()) - documents.keys())
             if missing:
@@ -166,7 +169,7 @@ class View:
 
     def known(self, ids: Sequence[str]) -> dict[str, tuple[Segment, Known]]:
         """Id -> where its document is, for those of the ids that this version holds."""
-        hashes = np.array([hash_id(id) for id in ids], np.uint64)
+        hashes = numbers([hash_id(id) for id in ids])
         wanted, found = set(ids), {}
         for segment in self.segments:
             candidates = np.array([row for _, row in segment.with_ids(hashes)], np.int64)

@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from nanochat.retrieval.manifest import GenerationInfo, Manifest, SegmentInfo, V
 from nanochat.retrieval.prepare import AT_ONCE, Ready, check, check_text, passage_texts, pieces, slices
 from nanochat.retrieval.removed import load_removed, write_removed
 from nanochat.retrieval.staging import Staging
-from nanochat.retrieval.store import Known, Segment, SegmentWriter, hash_content, merge
+from nanochat.retrieval.store import Known, Segment, SegmentWriter, merge, numbers
 from nanochat.retrieval.view import View
 
 log = logging.getLogger("nanochat")
@@ -198,7 +199,7 @@ class Writer:
     def _stored(self, ready: list[Ready]) -> dict[str, Known]:
         """Id -> the document that has it now, in the last version or added by this change."""
         names = [one.document.id for one in ready]
-        hashes = np.array([one.id_hash for one in ready], np.uint64)
+        hashes = numbers([one.id_hash for one in ready])
         found: dict[str, Known] = {}
         for segment in (*self.view.segments, *self._opened):
             rows = self._live([row for _, row in segment.with_ids(hashes)])
@@ -211,7 +212,7 @@ class Writer:
     def _same_content(self, ready: list[Ready]) -> set[bytes]:
         """Those of the content hashes that some document has now."""
         names = {one.hash for one in ready}
-        hashes = np.array([hash_content(name) for name in names], np.uint64)
+        hashes = numbers(list(names))
         found = names & self._contents
         for segment in (*self.view.segments, *self._opened):
             rows = self._live([row for _, row in segment.with_hashes(hashes)])
@@ -231,29 +232,30 @@ class Writer:
         if self._filling is None:
             self._filling = SegmentWriter(self.make(f"seg-{self.serial:06d}-{len(self._segments)}"))
         chunk, overlap = self.manifest.settings["chunk_words"], self.manifest.settings["overlap_words"]
-        documents, passages, fields, rows, texts = [], [], [], [], []
+        documents, passages, fields, texts = [], [], [], []
+        rows: list[int] = []
         row = self.next_row
         for document, _, hash, metadata in fresh:
             content: str | None = document.content
             cuts = spans(document.content, chunk, overlap)
-            if len(cuts) > 1:
+            n = len(cuts)
+            if n > 1:
                 passages += pieces(row, document.content, cuts)
                 content = None
-            documents.append((row, len(cuts), document.id, hash, document.title, document.source, metadata, content))
+            documents.append((row, n, document.id, hash, document.title, document.source, metadata, content))
             if metadata:
                 fields.append((row, document.metadata))
-            for at, text in enumerate(passage_texts(document, cuts), row):
-                if text and not text.isspace():  # else there is nothing to find it by
-                    rows.append(at)
-                    texts.append(text)
+            texts += passage_texts(document, cuts)
+            rows += range(row, row + n)
             self._rows_by_id[document.id] = row
-            self._contents.add(hash)
-            row += len(cuts)
+            row += n
         self.next_row = row
+        self._contents.update([one.hash for one in fresh])
         self._filling.add(documents, [one.id_hash for one in fresh], passages, fields)
         if len(self._filling) >= SEGMENT_DOCUMENTS:
             self._close_segment()
-        return Batch(np.array(rows, np.int64), texts)
+        worded = [bool(text) and not text.isspace() for text in texts]  # the rest cannot be found by anything
+        return Batch(np.array(rows, np.int64)[worded], list(compress(texts, worded)))
 
     def _forget(self, known: Known) -> None:
         """Take a document out of what this change and the last version hold."""
