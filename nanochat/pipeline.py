@@ -92,8 +92,9 @@ class QuickstartSettings:
     """dtype of activations: auto, float32, bfloat16 or float16"""
     scale: float = 1.0
     """factor on the steps of every stage"""
-    rag: bool = True
-    """also train on documents in the prompt, and build a knowledge base of people the model never heard of"""
+    rag: bool = False
+    """also train on documents in the prompt, and build a knowledge base of people the model never heard of (on a CPU
+    about five minutes more, after which it does not yet cite reliably: docs/rag.md)"""
     rag_questions: int = 500
     """questions of each kind about the knowledge base at most"""
 

@@ -18,7 +18,7 @@ def tiny(monkeypatch):
 
 
 def settings(tmp_path, **more):
-    given = {"eval_questions": 6, "rag_questions": 3, **more}
+    given = {"eval_questions": 6, "rag_questions": 3, "rag": True, **more}
     return QuickstartSettings(out_dir=str(tmp_path), run="r", device="cpu", profile="cpu", **given)
 
 
