@@ -9,6 +9,7 @@ process of its own, so that its peak of resident memory (with mapped files) is i
 one at a time, 10 hits, ours with the documents' texts, peers with their ids. Columns:
 
     build s, MB     ours: documents, checksums and a version, fsynced (dense: given the vectors); peers: index on disk
+    cpu s           of all threads, with imports; well below `build s`, it waited for the disk or for other processes
     open, first     opening, and then the first search, in a new process whose imports are done
     content         queries without stop words
     stop            queries as documents are drawn, two fifths stop words; the analyser knows them, a query drops them

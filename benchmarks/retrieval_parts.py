@@ -140,6 +140,12 @@ def timed_ms(function: Callable[[], Any]) -> tuple[Any, float]:
     return value, (time.perf_counter() - began) * 1e3
 
 
+def built(seconds: float, directory: Path) -> Figures:
+    """What this process, which did nothing else, took to build what is in the directory."""
+    cpu, memory = time.process_time(), peak_memory_mb()
+    return {"build s": seconds, "cpu s": cpu, "build MB": memory, "disk MB": disk_mb(directory)}
+
+
 def disk_mb(directory: Path) -> float:
     """A file counts once, however many links it has."""
     files = [path.stat() for path in directory.rglob("*") if path.is_file()]
@@ -160,7 +166,7 @@ def build(folder: Path, config: Config, kind: str) -> Figures:
         change = kb.add(documents(folder, 0, config["docs"]))
     seconds = time.perf_counter() - began
     assert change.added == config["docs"], change
-    return {"build s": seconds, "build MB": peak_memory_mb(), "disk MB": disk_mb(folder / kind)}
+    return built(seconds, folder / kind)
 
 
 def query(folder: Path, config: Config, kind: str) -> Figures:

@@ -14,7 +14,7 @@ from benchmarks.retrieval_parts import (
     Config,
     Figures,
     K,
-    disk_mb,
+    built,
     latency,
     queries_of,
     texts,
@@ -30,7 +30,7 @@ Search = Callable[[str], list[str]]  # a query -> ids, best first
 
 def build(folder: Path, config: Config, peer: str) -> Figures:
     _, ms = timed_ms(lambda: BUILDERS[peer](folder, config["docs"]))
-    return {"build s": ms / 1e3, "build MB": peak_memory_mb(), "disk MB": disk_mb(folder / peer)}
+    return built(ms / 1e3, folder / peer)
 
 
 def query(folder: Path, config: Config, peer: str) -> Figures:

@@ -34,7 +34,7 @@ def test_prepared_data(folder: Path) -> None:
 @pytest.mark.parametrize("kind", retrieval.KINDS)
 def test_parts(folder: Path, kind: str) -> None:
     built = retrieval_parts.build(folder, CONFIG, kind)
-    assert set(built) == {"build s", "build MB", "disk MB"}
+    assert set(built) == {"build s", "cpu s", "build MB", "disk MB"}
     found = retrieval_parts.query(folder, CONFIG, kind)
     assert 0 < found["content p50"] <= found["content p99"]
     if kind == "dense":
