@@ -12,6 +12,7 @@ one at a time, 10 hits, ours with the documents' texts, peers with their ids. Co
     cpu s           of all threads, with imports; well below `build s`, it waited for the disk or for other processes
     open, first     opening, and then the first search, in a new process whose imports are done
     content         queries without stop words
+    fused           hybrid: the same without the reranker that it has by default
     stop            queries as documents are drawn, two fifths stop words; the analyser knows them, a query drops them
     raw             the same queries, but nobody knows stop words: all four words are searched
     recall          of the exact ten nearest; `overlap`: of bm25s's ten for content queries
@@ -23,7 +24,7 @@ is its default; rank-bm25 gets at most 100,000 documents and 20 queries. The fas
 Ratios; those named `_vs_` are the peer's time over ours, above 1 when ours is faster:
 
     bm25_p50_vs_<peer>, bm25_raw_p50_vs_<peer>, build_vs_<peer>     rank-bm25's from as many documents as it got
-    dense_recall_at_10, hybrid_p50_ms
+    dense_recall_at_10, hybrid_p50_ms, hybrid_fused_p50_ms          of content queries, without the embedding
     <kind>_add_1000_s         adding 1,000 documents and finding ten of them; also update and delete
     <kind>_old_vs_newest      p50 of the slowest earlier version over the newest's, after those changes (1 is best)
 """
@@ -156,6 +157,7 @@ def ratios(results: Results) -> dict[str, float | None]:
         found["dense_recall_at_10"] = results["dense-query"]["recall"]
     if "hybrid-query" in results:
         found["hybrid_p50_ms"] = results["hybrid-query"]["content p50"]
+        found["hybrid_fused_p50_ms"] = results["hybrid-query"]["fused p50"]
     for kind in KINDS:
         found |= {f"{kind}_{name}": value for name, value in results.get(f"{kind}-changes", {}).items()}
     return found
