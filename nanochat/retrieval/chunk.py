@@ -42,7 +42,10 @@ def spans(text: str, chunk_words: int, overlap_words: int) -> list[Span]:
 
 def _surely_short(text: str, chunk_words: int) -> bool:
     """True only for texts of up to so many words; many times faster than finding these."""
-    return text.isascii() and (
-        len(text) < 2 * chunk_words
-        or (len(text) < 20 * chunk_words and len(text.split()) + len(text) // LONGEST_WORD <= chunk_words)
-    )
+    if not text.isascii() or len(text) > 20 * chunk_words:
+        return False
+    if len(text) < 2 * chunk_words:
+        return True
+    # Among printable characters only the space parts words.
+    n = text.count(" ") + 1 if text.isprintable() else len(text.split())
+    return n + len(text) // LONGEST_WORD <= chunk_words

@@ -27,6 +27,7 @@ from nanochat.retrieval.jsonl import ON_ERROR, file_list
 from nanochat.retrieval.knowledge_base import KINDS, KnowledgeBase
 from nanochat.retrieval.metrics import DEFAULT_METRICS
 from nanochat.retrieval.rerank import make_reranker
+from nanochat.retrieval.search import AUTO
 from nanochat.retrieval.settings import (
     AddSettings,
     BuildSettings,
@@ -362,13 +363,14 @@ def _finder(
     base: KnowledgeBase, settings: FindSettings, unique: bool, normalize: str
 ) -> Callable[[Sequence[str], int], list[list[Hit]]]:
     """A search as the flags ask for."""
-    reranker = make_reranker(settings.reranker, base.settings.get("analyser"))
+    if settings.reranker != AUTO:
+        make_reranker(settings.reranker)  # an unknown name is an error before the first search
     conditions = parse_conditions(settings.filter)
 
     def find(queries: Sequence[str], k: int) -> list[list[Hit]]:
         return base.search(
             queries, k, conditions, mode=settings.mode or None, normalize=normalize or False, unique=unique,
-            reranker=reranker,
+            reranker=settings.reranker,
         )  # fmt: skip
 
     return find

@@ -12,6 +12,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from itertools import combinations, permutations
 from json.scanner import make_scanner
 from pathlib import Path
 from typing import IO, Any, cast
@@ -34,6 +35,14 @@ def _refuse(name: str) -> None:
 
 _DECODER = json.JSONDecoder(parse_constant=_refuse)
 _SCAN: Callable[[str, int], tuple[Any, int]] = make_scanner(_DECODER)  # type: ignore[arg-type]  # it takes a decoder
+_USUAL = frozenset(  # the orders in which files have the usual fields
+    keys
+    for n in range(4)
+    for more in combinations(("title", "source", "metadata"), n)
+    for id in ("id", "_id")
+    for content in ("content", "text")
+    for keys in permutations((id, content, *more))
+)
 _PLAIN = frozenset(("id", "title", "content", "source", "metadata"))
 
 
@@ -127,17 +136,17 @@ def from_record(record: dict[str, Any]) -> Document:
 
 def _usual(record: dict[str, Any]) -> Document | None:
     """The document of a record with the usual fields and no other, as fast as can be."""
+    keys = tuple(record)
+    if keys not in _USUAL:
+        return None
     get = record.get
     name, content = get("id") or get("_id"), get("content") or get("text")
-    title, source, metadata = get("title", ""), get("source", ""), get("metadata", {})
-    n_fields = 2 + ("title" in record) + ("source" in record) + ("metadata" in record)
-    if (
-        len(record) == n_fields
-        and type(name) is type(content) is type(title) is type(source) is str
-        and type(metadata) is dict
-    ):
-        return Document(name, content, title, source, metadata)
-    return None
+    title, source, metadata = get("title", ""), get("source", ""), get("metadata")
+    if not type(name) is type(content) is type(title) is type(source) is str:
+        return None
+    if metadata is None:
+        return Document(name, content, title, source)
+    return Document(name, content, title, source, metadata) if type(metadata) is dict else None
 
 
 def _text(name: str, value: Any, number: bool) -> str:

@@ -17,7 +17,7 @@ from nanochat.retrieval.milvus_client import Connection, History, staging_direct
 from nanochat.retrieval.milvus_rows import Shape, any_of, key_of, passages, visible
 from nanochat.retrieval.milvus_search import Searcher, answer
 from nanochat.retrieval.opening import check_analyser, check_embedder, make_directory
-from nanochat.retrieval.search import Query
+from nanochat.retrieval.search import AUTO, Query
 
 FORMAT = 1
 LOCK_TIMEOUT = 60.0  # seconds that a second writer waits
@@ -161,7 +161,7 @@ class MilvusReader:
         mode: str | None = None,
         normalize: bool | str = False,
         unique: bool = False,
-        reranker: Reranker | None = None,
+        reranker: Reranker | str | None = AUTO,
         candidates: int = 50,
     ) -> list[Hit]: ...
     @overload
@@ -174,7 +174,7 @@ class MilvusReader:
         mode: str | None = None,
         normalize: bool | str = False,
         unique: bool = False,
-        reranker: Reranker | None = None,
+        reranker: Reranker | str | None = AUTO,
         candidates: int = 50,
     ) -> list[list[Hit]]: ...
     def search(
@@ -186,7 +186,7 @@ class MilvusReader:
         mode: str | None = None,
         normalize: bool | str = False,
         unique: bool = False,
-        reranker: Reranker | None = None,
+        reranker: Reranker | str | None = AUTO,
         candidates: int = 50,
     ) -> list[Hit] | list[list[Hit]]:
         """The best `k` passages for a query, or a list of them for each of several; see KnowledgeBase.search."""

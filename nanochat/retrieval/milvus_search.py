@@ -16,7 +16,7 @@ from nanochat.retrieval.manifest import Version
 from nanochat.retrieval.milvus_client import MOST_ROWS, Connection, import_pymilvus
 from nanochat.retrieval.milvus_rows import DOCUMENT_FIELDS, Shape, document_of, expression, tokens
 from nanochat.retrieval.rerank import rerank
-from nanochat.retrieval.search import Query
+from nanochat.retrieval.search import Query, choose_reranker
 from nanochat.retrieval.staging import check_vectors
 
 FIELDS = {"bm25": ("sparse",), "dense": ("dense",), "hybrid": ("sparse", "dense")}  # mode -> fields to search
@@ -43,10 +43,11 @@ def answer(
             raise UsageError(f"a query must be a text, not {text!r:.60}")
     texts = [clean_text(text) for text in queries]
     fields = searcher.fields(query.mode)
-    depth = max(int(k), query.candidates) if query.reranker else int(k)
+    reranker = choose_reranker(query.reranker, len(fields) > 1, searcher.settings.get("analyser"))
+    depth = max(int(k), query.candidates) if reranker else int(k)
     answers = searcher.search(texts, depth, fields, conditions, query.unique, embedder)
-    if query.reranker is not None:
-        answers = [rerank(query.reranker, text, hits, int(k)) for text, hits in zip(texts, answers)]
+    if reranker is not None:
+        answers = [rerank(reranker, text, hits, int(k)) for text, hits in zip(texts, answers)]
     if query.normalize:
         kind = "minmax" if query.normalize is True else query.normalize
         answers = [normalize(hits, kind) for hits in answers]
@@ -59,11 +60,11 @@ class Searcher:
     def __init__(
         self, call: Connection, name: str, shape: Shape, settings: Mapping[str, Any], version: Version
     ) -> None:
-        self._call, self._name, self._shape, self._settings, self._version = call, name, shape, settings, version
+        self._call, self._name, self._shape, self.settings, self._version = call, name, shape, settings, version
 
     def fields(self, mode: str | None) -> tuple[str, ...]:
         """What to search. Raises UsageError for a mode that this kind of knowledge base has not."""
-        kind = self._settings["kind"]
+        kind = self.settings["kind"]
         offered = tuple(FIELDS) if kind == "hybrid" else (kind,)
         if (mode or kind) not in offered:
             raise UsageError(f"no mode {mode!r} in a {kind} knowledge base: choose from {', '.join(offered)}")
@@ -138,7 +139,7 @@ class Searcher:
 
     def _fused(self, asked: dict[str, list[Any]], where: str, limit: int) -> list[list[Row]]:
         """The best rows of both indexes: by Milvus where it can, else here."""
-        fusion = self._settings["fusion"]
+        fusion = self.settings["fusion"]
         depth = min(max(limit, fusion["depth"]), MOST_ROWS)
         if fusion["fusion"] == "rrf" and fusion["weights"] is None:
             return self._fused_there(asked, where, limit, depth)

@@ -23,7 +23,7 @@ from nanochat.retrieval.opening import (
     writer_lock,
 )
 from nanochat.retrieval.prepare import passage_texts
-from nanochat.retrieval.search import Query, run
+from nanochat.retrieval.search import AUTO, Query, run
 from nanochat.retrieval.view import View
 
 LOCK_TIMEOUT = 10.0  # seconds that a second writer waits
@@ -151,7 +151,7 @@ class Reader:
         mode: str | None = None,
         normalize: bool | str = False,
         unique: bool = False,
-        reranker: Reranker | None = None,
+        reranker: Reranker | str | None = AUTO,
         candidates: int = 50,
     ) -> list[Hit]: ...
     @overload
@@ -164,7 +164,7 @@ class Reader:
         mode: str | None = None,
         normalize: bool | str = False,
         unique: bool = False,
-        reranker: Reranker | None = None,
+        reranker: Reranker | str | None = AUTO,
         candidates: int = 50,
     ) -> list[list[Hit]]: ...
     def search(
@@ -176,14 +176,16 @@ class Reader:
         mode: str | None = None,
         normalize: bool | str = False,
         unique: bool = False,
-        reranker: Reranker | None = None,
+        reranker: Reranker | str | None = AUTO,
         candidates: int = 50,
     ) -> list[Hit] | list[list[Hit]]:
         """The best `k` passages for a query, or a list of them for each of several.
 
         `filter`: see filters.py. `mode`: which index of a hybrid one to ask (default: all of them). `normalize`:
         scores from 0 to 1 ("minmax", "max" or "rank"; True is "minmax"). `unique`: only the best passage of each
-        document. `reranker` judges the best `candidates` (or k, if that is more) again."""
+        document. `reranker` (a Reranker, a name as in
+        rerank.make_reranker, or None) judges the best `candidates` (or k, if that is more) again; by default hybrid
+        searches have feedback, the others none."""
         self._check_open()
         query = Query(k, filter, mode, normalize, unique, reranker, candidates)
         if isinstance(queries, str):

@@ -11,7 +11,7 @@ from nanochat.errors import UsageError
 from nanochat.retrieval import hybrid, manifest
 from nanochat.retrieval.document import Document, Filter, Hit, Reranker, Retriever
 from nanochat.retrieval.knowledge_base import KnowledgeBase
-from nanochat.retrieval.search import check_k
+from nanochat.retrieval.search import AUTO, check_k
 
 
 class StoredRetriever:
@@ -113,7 +113,7 @@ class _StoredHybrid(StoredRetriever):
 
 
 class HybridRetriever:
-    """Several rankings fused, the best reranked if wished.
+    """Several rankings fused, the best reranked (by feedback, which needs no model, unless told otherwise).
 
     HybridRetriever()                  BM25 and vectors over one knowledge base; options as for the other retrievers
     HybridRetriever([first, second])   any retrievers, each with its own documents; see hybrid.HybridRetriever"""
@@ -123,20 +123,18 @@ class HybridRetriever:
         retrievers: Sequence[Retriever] | None = None,
         path: str | Path | None = None,
         *,
-        reranker: Reranker | str | None = None,
+        reranker: Reranker | str | None = AUTO,
         **options: Any,
     ) -> None:
-        from nanochat.retrieval.rerank import make_reranker
-
         self.inner: Any
+        self.reranker: Reranker | str | None = reranker
         if retrievers is None:
-            self.reranker = make_reranker(reranker)
             self.inner = _StoredHybrid(path, **options)
         elif path is not None:
             raise UsageError("a hybrid retriever is made of retrievers or kept at a path, not both")
         else:
-            self.reranker = None  # the inner one has it
-            self.inner = hybrid.HybridRetriever(retrievers, reranker=reranker, **options)
+            chosen = "feedback" if reranker == AUTO else reranker
+            self.inner = hybrid.HybridRetriever(retrievers, reranker=chosen, **options)
 
     @overload  # a text is a sequence of texts too, and comes first
     def search(  # type: ignore[overload-overlap]
@@ -148,7 +146,7 @@ class HybridRetriever:
         self, queries: str | Sequence[str], k: int = 5, filter: Filter | None = None
     ) -> list[Hit] | list[list[Hit]]:
         """The best `k` passages for each query."""
-        if self.reranker is not None:
+        if isinstance(self.inner, StoredRetriever):
             found: list[Hit] | list[list[Hit]] = self.inner.kb.search(queries, k, filter, reranker=self.reranker)
         else:
             found = self.inner.search(queries, check_k(k), filter)
@@ -179,8 +177,8 @@ class HybridRetriever:
             manifest.read(Path(directory))
             return cls(path=directory, **options)
         loaded = cls.__new__(cls)
-        options.setdefault("reranker", None)
-        loaded.reranker, loaded.inner = None, hybrid.HybridRetriever.load(directory, **options)
+        options.setdefault("reranker", "feedback")
+        loaded.reranker, loaded.inner = AUTO, hybrid.HybridRetriever.load(directory, **options)
         return loaded
 
     def close(self) -> None:

@@ -14,6 +14,8 @@ from nanochat.retrieval.filters import check
 from nanochat.retrieval.staging import check_vectors
 from nanochat.retrieval.view import View
 
+AUTO = "auto"  # a reranker where it pays
+
 
 @dataclass(frozen=True)
 class Query:
@@ -24,7 +26,7 @@ class Query:
     mode: str | None = None
     normalize: bool | str = False
     unique: bool = False
-    reranker: Reranker | None = None
+    reranker: Reranker | str | None = AUTO
     candidates: int = 50
 
 
@@ -37,7 +39,8 @@ def run(view: View, queries: Sequence[str], query: Query, embedder: Callable[[],
     if not texts or not view.version.passages:
         return [[] for _ in texts]
     allowed = view.allowed(conditions) if conditions else None
-    depth = max(k, query.candidates) if query.reranker else k
+    reranker = choose_reranker(query.reranker, len(kinds) > 1, view.manifest.settings.get("analyser"))
+    depth = max(k, query.candidates) if reranker else k
     vectors = _embed(texts, embedder()) if "dense" in kinds else None
     founds = _rank(view, kinds, texts, vectors, depth, allowed)
     if query.unique:
@@ -46,16 +49,28 @@ def run(view: View, queries: Sequence[str], query: Query, embedder: Callable[[],
             for i, (text, found) in enumerate(zip(texts, founds))
         ]
     answers = [_hits(view, found) for found in founds]
-    if query.reranker is not None:
+    if reranker is not None:
         from nanochat.retrieval.rerank import rerank
 
-        answers = [rerank(query.reranker, text, hits, k) for text, hits in zip(texts, answers)]
+        answers = [rerank(reranker, text, hits, k) for text, hits in zip(texts, answers)]
     if query.normalize:
         from nanochat.retrieval.fusion import normalize
 
         kind = "minmax" if query.normalize is True else query.normalize
         answers = [normalize(hits, kind) for hits in answers]
     return answers
+
+
+def choose_reranker(reranker: Reranker | str | None, is_hybrid: bool, analyser: Any) -> Reranker | None:
+    """AUTO is feedback for hybrid searches, which needs no model and finds more (docs/retrieval-design.md), and none
+    for the others. Raises UsageError for an unknown name."""
+    if reranker == AUTO:
+        reranker = "feedback" if is_hybrid else None
+    if reranker is None:
+        return None
+    from nanochat.retrieval.rerank import make_reranker
+
+    return make_reranker(reranker, analyser)
 
 
 def check_k(k: Any) -> int:

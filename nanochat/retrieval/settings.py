@@ -95,8 +95,8 @@ class FindSettings(ReadSettings):
     """one index of a hybrid knowledge base: bm25 or dense (default: both)"""
     filter: tuple[str, ...] = ()
     """conditions on metadata, all of which must hold: lang=en year>=1990 part!=draft, or a filter as JSON"""
-    reranker: str = "none"
-    """none, feedback (needs no model), or cross-encoder:DIRECTORY"""
+    reranker: str = "auto"
+    """auto (feedback for hybrid searches), none, feedback (needs no model), or cross-encoder:DIRECTORY"""
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,8 @@ _AT_ONCE = 500  # parameters of a query
 _SCHEMA = """
 CREATE TABLE documents (
     row INTEGER PRIMARY KEY, n INTEGER, id TEXT, hash BLOB, title TEXT, source TEXT, metadata TEXT, content TEXT);
+CREATE INDEX titles ON documents(title) WHERE title != '';
+CREATE INDEX sources ON documents(source) WHERE source != '';
 CREATE TABLE passages (row INTEGER PRIMARY KEY, start INTEGER, end INTEGER, text TEXT);
 CREATE TABLE keys (key INTEGER PRIMARY KEY, name TEXT UNIQUE);
 CREATE TABLE fields (key INTEGER, value, row INTEGER, PRIMARY KEY (key, value, row)) WITHOUT ROWID;
@@ -156,8 +158,6 @@ class SegmentWriter:
         """Sort what is looked up, write all to the disk and close."""
         execute = self._connection.execute
         execute("INSERT OR IGNORE INTO fields SELECT key, value, row FROM loose ORDER BY key, value, row")
-        for name in ("title", "source"):
-            execute(f"CREATE INDEX {name}s ON documents({name}) WHERE {name} != ''")
         execute("COMMIT")
         self.close()
         rows = np.array(self.rows, np.int64)

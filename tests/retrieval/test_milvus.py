@@ -240,7 +240,7 @@ def test_dense_agrees_with_numpy_and_hybrid_with_fusion(make):
         np.testing.assert_allclose([hit.score for hit in hits], np.sort(row)[::-1], atol=1e-5)
         np.testing.assert_allclose([hit.score for hit in hits], row[[int(hit.id) for hit in hits]], atol=1e-5)
     lexical = kb.search(queries, 60, mode="bm25")
-    for fused, parts in zip(kb.search(queries, 20), zip(lexical, dense)):
+    for fused, parts in zip(kb.search(queries, 20, reranker=None), zip(lexical, dense)):
         lists = [Found(np.array([int(h.id) for h in p], np.int64), np.array([h.score for h in p])) for p in parts]
         expected = dict(zip(*(x.tolist() for x in rrf(lists, 120))))
         assert [hit.rank for hit in fused] == list(range(1, 21))
@@ -254,7 +254,7 @@ def test_weighted_fusion_is_that_of_the_local_knowledge_base(make):
     lists = [kb.search(query, 30, mode=mode) for mode in ("bm25", "dense")]
     founds = [Found(np.array([int(h.id) for h in p], np.int64), np.array([h.score for h in p])) for p in lists]
     expected = fuse(founds, 7, "weighted", [0.3, 0.7])
-    hits = kb.search(query, 7)
+    hits = kb.search(query, 7, reranker=None)
     assert [int(hit.id) for hit in hits] == expected.rows.tolist()
     np.testing.assert_allclose([hit.score for hit in hits], expected.scores, rtol=1e-5)
 
