@@ -8,6 +8,7 @@ from itertools import islice
 from nanochat.errors import UsageError
 
 LONGEST_WORD = 100  # characters; what is longer (base64, scripts without spaces) counts as several words
+_SPACES = " \n\t\r\x0b\x0c\x1c\x1d\x1e\x1f"  # of ASCII, all that part words
 _IDEOGRAPHS = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # each counts as a word
 _WORD = re.compile(rf"[{_IDEOGRAPHS}]|[^\s{_IDEOGRAPHS}]{{1,{LONGEST_WORD}}}")
 
@@ -46,6 +47,4 @@ def _surely_short(text: str, chunk_words: int) -> bool:
         return False
     if len(text) < 2 * chunk_words:
         return True
-    # Among printable characters only the space parts words.
-    n = text.count(" ") + 1 if text.isprintable() else len(text.split())
-    return n + len(text) // LONGEST_WORD <= chunk_words
+    return sum(map(text.count, _SPACES)) + len(text) // LONGEST_WORD < chunk_words

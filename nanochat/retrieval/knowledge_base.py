@@ -44,6 +44,7 @@ from nanochat.retrieval.staging import Staging
 from nanochat.retrieval.view import View
 from nanochat.retrieval.writer import Change, Writer
 
+COMMIT_EVERY, COMMIT_EMBEDDED = 1_000_000, 100_000  # documents of an ingestion
 INDEXES = generation.INDEXES
 KINDS = generation.KINDS
 
@@ -112,15 +113,18 @@ class KnowledgeBase(Reader):
         self,
         files: str | Path | Iterable[str | Path],
         on_error: str = "raise",
-        commit_every: int = 200_000,
+        commit_every: int | None = None,
         progress: bool = True,
         update: bool = False,
         on_duplicate: str = "skip",
     ) -> Change:
-        """Add the documents of JSONL files (jsonl.py), a version for every `commit_every` of them.
+        """Add the documents of JSONL files (jsonl.py), a version for every `commit_every` of them: by default a million,
+        or 100,000 where they are embedded, which takes longer than all else.
 
         When it was interrupted, call it again: what is there counts as unchanged, and vectors that were computed are
         used. With `update` documents replace those of the same id."""
+        if commit_every is None:
+            commit_every = COMMIT_EMBEDDED if "embedder" in self.settings else COMMIT_EVERY
         if commit_every < 1:
             raise UsageError(f"commit_every must be 1 or more, not {commit_every}")
         paths = file_list(files)
