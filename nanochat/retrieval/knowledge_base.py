@@ -118,8 +118,8 @@ class KnowledgeBase(Reader):
         update: bool = False,
         on_duplicate: str = "skip",
     ) -> Change:
-        """Add the documents of JSONL files (jsonl.py), a version for every `commit_every` of them: by default a million,
-        or 100,000 where they are embedded, which takes longer than all else.
+        """Add the documents of JSONL files (jsonl.py), a version for every `commit_every` of them (by default a
+        million, or 100,000 where they are embedded, which takes longer than all else).
 
         When it was interrupted, call it again: what is there counts as unchanged, and vectors that were computed are
         used. With `update` documents replace those of the same id."""

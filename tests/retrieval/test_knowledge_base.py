@@ -615,11 +615,11 @@ print(seen)
 """
 
 
-def test_readers_in_other_processes_see_whole_versions_only(kb: KnowledgeBase) -> None:
-    rounds = 15
+@pytest.mark.parametrize(("n_readers", "rounds"), [(2, 15), pytest.param(4, 1000, marks=pytest.mark.slow)])
+def test_readers_in_other_processes_see_whole_versions_only(kb: KnowledgeBase, n_readers: int, rounds: int) -> None:
     readers = [
         subprocess.Popen([sys.executable, "-c", READER, str(kb.path), str(rounds)], stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
+        for _ in range(n_readers)
     ]
     for number in range(1, rounds + 1):
         kb.update([Document(f"d{i}", f"moon round{number}") for i in range(7)])
