@@ -152,3 +152,17 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, kind: str, limit: int) -> Non
     assert "refused: " in done.stdout
     left = {path.name for path in kb.path.iterdir() if path.name.startswith(("seg-", "gen-"))}
     assert left == {"seg-000001-0", "gen-000001", "seg-000002-0", "gen-000002"}
+
+
+@pytest.mark.slow
+def test_a_flip_in_every_byte_is_reported(tmp_path: Path) -> None:
+    with KnowledgeBase.create(tmp_path / "kb", kind="simple") as kb:
+        kb.add([MOON, SUN])
+        kb.delete("sun")
+    draws = np.random.default_rng(0)
+    for path in sorted(path for path in kb.path.rglob("*") if path.is_file()):
+        for byte, bit in enumerate(draws.integers(0, 8, path.stat().st_size)):
+            back = flip(path, 8 * byte + int(bit))
+            assert problems(kb.path), f"bit {bit} of byte {byte} of {path}"
+            back()
+    assert not problems(kb.path)
