@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,10 @@ def test_documented_commands_parse(entry: tuple[str, list[str]], monkeypatch: py
     elif words[0].removeprefix(".venv/bin/") == "pip":
         extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), flags=re.M)
         assert set(re.findall(r"\w+(?=[\],])", " ".join(words))) <= set(extras)
+    elif words[:2] == ["python", "-m"] and words[2].startswith("benchmarks."):
+        helped = subprocess.run([sys.executable, "-m", words[2], "--help"], cwd=ROOT, capture_output=True, text=True)
+        assert helped.returncode == 0, helped.stderr
+        assert all(flag in helped.stdout for flag in words[3:] if flag.startswith("--"))
     else:
         assert words[0] == "python3", f"no test runs {words[0]}"
 
