@@ -223,7 +223,7 @@ def _open_read_only(directory: Path) -> tantivy.Index:
         if os.access(directory, os.W_OK) or not directory.is_dir():
             raise
         # tantivy's watcher may make its lock file there again at any moment, also while the directory is being deleted
-    with tempfile.TemporaryDirectory(prefix="nanochat-bm25-", ignore_cleanup_errors=True) as links:
+        with tempfile.TemporaryDirectory(prefix="nanochat-bm25-", ignore_cleanup_errors=True) as links:
             for file in directory.iterdir():
                 if _SEGMENT_FILE.fullmatch(file.name) or file.name in _LISTS:
                     os.symlink(file.resolve(), Path(links, file.name))
