@@ -137,9 +137,6 @@ class World:
         self._recall = lru_cache(4096)(self.entity)  # chains and dialogues come back to the same few
         self._ranks = tuple({k: self._rank_range(k, pool) for k in _SLOTS} for pool in self._pools)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return World, (self.seed, self.n_known, self.n_new)
-
     # Entities ---------------------------------------------------------------------------------------------------------
 
     @staticmethod

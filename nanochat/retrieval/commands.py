@@ -341,7 +341,7 @@ def _need(settings: Any, name: str, call: str) -> None:
 def _check_choices(settings: IngestSettings) -> None:
     if settings.on_error not in ON_ERROR:
         raise UsageError(f"--on_error {settings.on_error}: choose from {', '.join(ON_ERROR)}")
-    if settings.commit_every < 1:
+    if settings.commit_every is not None and settings.commit_every < 1:
         raise UsageError(f"--commit_every {settings.commit_every}: must be at least 1")
     on_duplicate = getattr(settings, "on_duplicate", ON_DUPLICATE[0])
     if on_duplicate not in ON_DUPLICATE:

@@ -13,8 +13,9 @@ class IngestSettings:
     """JSONL files (.jsonl, .jsonl.gz), directories of them, a BEIR folder, or Cranfield's folder"""
     on_error: str = "raise"
     """a line that is no document: raise (stop and name it) or skip (leave it out and count it)"""
-    commit_every: int = 200_000
-    """documents a version; an interrupted ingestion goes on after the last one"""
+    commit_every: int | None = None
+    """documents a version; an interrupted ingestion goes on after the last one (default: 1,000,000, or 100,000 where
+    they are embedded)"""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat import config
+from nanochat.checkpoint import read_meta
 from nanochat.data.spec import read_options, split_spec
 from nanochat.errors import NanochatError, UsageError
 from nanochat.rag.knowledge import Knowledge, open_knowledge
@@ -22,7 +23,15 @@ from nanochat.rag.tasks import RagWorld, Retrieved, Wrapped
 from nanochat.tasks.registry import open_task
 from nanochat.tasks.task import Curriculum, Mixture, Task
 from nanochat.tokenizer import Tokenizer
-from nanochat.training.commands import finish, load_tokenizer, run_dir, split_task, start, train_on_tasks
+from nanochat.training.commands import (
+    find_source,
+    finish,
+    load_tokenizer,
+    run_dir,
+    split_task,
+    start,
+    train_on_tasks,
+)
 from nanochat.training.settings import TrainSettings
 
 WORLD_OPTIONS = {"seed": int, "n": int, "documents": int, "questions": int, "absent": float}
@@ -76,7 +85,8 @@ def train_rag(settings: RagSettings) -> dict[str, float]:
     rt = start(settings)
     tokenizer = load_tokenizer(run_dir(settings) / "tokenizer")
     knowledge, questions = validate(settings)
-    train, val = rag_tasks(settings, tokenizer, knowledge, questions)
+    context = settings.sequence_len or read_meta(find_source(settings))["model_config"]["sequence_len"]
+    train, val = rag_tasks(settings, tokenizer, context, knowledge, questions)
     ordered = isinstance(train, Curriculum)
     return train_on_tasks("rag", settings, train, val, tokenizer, rt, epochs=settings.epochs, shuffle=not ordered)
 
@@ -132,10 +142,13 @@ def world_options(contexts: str) -> dict[str, Any]:
 
 
 def rag_tasks(
-    settings: RagSettings, tokenizer: Tokenizer, knowledge: Knowledge | None, questions: list[RagQuestion]
+    settings: RagSettings,
+    tokenizer: Tokenizer,
+    context: int,
+    knowledge: Knowledge | None,
+    questions: list[RagQuestion],
 ) -> tuple[Task, Task]:
-    """What to train on, and what to measure the loss on."""
-    context = settings.sequence_len or 0
+    """What to train on, and what to measure the loss on. context: tokens of a row."""
     budget = settings.document_tokens or 3 * context // 4
     train: list[Task] = []
     val: list[Task] = []

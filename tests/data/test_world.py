@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections import Counter
 from itertools import islice, pairwise
@@ -25,10 +24,6 @@ WORLD = World(seed=3, n_known=200, n_new=200)
 def test_shuffle_is_a_bijection(n: int, key: int) -> None:
     order = Shuffle(n, key)
     assert sorted(map(order, range(n))) == list(range(n))
-
-
-def test_worlds_can_be_pickled() -> None:
-    assert pickle.loads(pickle.dumps(WORLD)).document(7) == WORLD.document(7)
 
 
 def test_shuffle_mixes() -> None:

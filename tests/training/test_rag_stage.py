@@ -10,12 +10,13 @@ from nanochat.errors import UsageError
 from nanochat.rag.tasks import RagWorld
 from nanochat.tasks.task import Curriculum
 from nanochat.tokenizer import Tokenizer
+from nanochat.training import rag
 from nanochat.training.rag import rag_tasks, validate
 
 
 def test_contexts_begin_with_one_document(tmp_path: Path) -> None:
     given = settings("rag", tmp_path, contexts="n=40,documents=3,questions=2,seed=4", first=0.25)
-    course, val = rag_tasks(given, Tokenizer([bytes([i]) for i in range(256)]), None, [])
+    course, val = rag_tasks(given, Tokenizer([bytes([i]) for i in range(256)]), 256, None, [])
     assert isinstance(course, Curriculum)
     sizes = [len(course[i]["messages"][0]["content"]) for i in range(len(course))]
     assert set(sizes[:10]) == {1}
@@ -56,7 +57,9 @@ def test_settings_that_make_no_sense(tmp_path: Path, options: dict[str, object],
         settings("rag", tmp_path, **options).check()
 
 
-def test_questions_against_a_knowledge_base(finished: Path, tmp_path: Path) -> None:
+def test_questions_against_a_knowledge_base(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("tantivy")
     from nanochat.retrieval import Document, KnowledgeBase
 
@@ -70,6 +73,15 @@ def test_questions_against_a_knowledge_base(finished: Path, tmp_path: Path) -> N
     (base.parent / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
     metrics = train("rag", tmp_path, contexts="", knowledge_base=str(base), top_k=2, num_iterations=4)
     assert metrics["tokens"] > 0
+    seen: list[int] = []
+
+    def spy(given, tokenizer, context, *rest):
+        seen.append(context)
+        return rag_tasks(given, tokenizer, context, *rest)
+
+    monkeypatch.setattr(rag, "rag_tasks", spy)
+    train("rag", tmp_path, contexts="", knowledge_base=str(base), sequence_len=None, num_iterations=1, resume=False)
+    assert seen == [32]  # the checkpoint's own context: documents are cut to three quarters of it
     lines[3]["gold"] = ["nowhere"]
     (base.parent / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
     with pytest.raises(UsageError, match=r"1 of 30 gold documents are not in .*nowhere"):
