@@ -24,9 +24,10 @@ from nanochat.engine.load import load_checkpoint
 from nanochat.errors import NanochatError, UsageError
 from nanochat.evaluation.chat import TaskResult, evaluate
 from nanochat.evaluation.commands import BaseEvalSettings, evaluate_base
-from nanochat.evaluation.metrics import Metric, exact, table
+from nanochat.evaluation.metrics import table
 from nanochat.evaluation.rag import Options, measure_rag
 from nanochat.evaluation.rag_questions import world_questions
+from nanochat.intervals import Metric, exact
 from nanochat.rag.knowledge import Knowledge, open_knowledge
 from nanochat.rag.tasks import as_document
 from nanochat.report import write_report

@@ -23,7 +23,7 @@ from nanochat.data.answers import is_abstention
 from nanochat.engine.generate import Engine, prefill
 from nanochat.engine.sampling import Sampling
 from nanochat.errors import NanochatError, UsageError
-from nanochat.evaluation.metrics import Metric, exact, share
+from nanochat.intervals import Metric, exact, share
 from nanochat.model.lm import LM
 from nanochat.runtime import log
 from nanochat.tasks.task import Task, message_text

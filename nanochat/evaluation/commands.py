@@ -20,7 +20,8 @@ from nanochat.engine.sampling import Sampling
 from nanochat.errors import NanochatError, UsageError
 from nanochat.evaluation.chat import TaskResult, evaluate, gather
 from nanochat.evaluation.language import row_losses
-from nanochat.evaluation.metrics import Metric, ratio, table, write_metrics
+from nanochat.evaluation.metrics import table, write_metrics
+from nanochat.intervals import Metric, ratio
 from nanochat.tasks.registry import open_task
 
 

@@ -36,7 +36,6 @@ from nanochat.engine.sampling import Sampling
 from nanochat.errors import NanochatError, UsageError
 from nanochat.evaluation.chat import gather, slices
 from nanochat.evaluation.grading import answer_f1, is_right
-from nanochat.evaluation.metrics import Metric, exact
 from nanochat.evaluation.rag_questions import (
     Knowledge,
     check_questions,
@@ -45,6 +44,7 @@ from nanochat.evaluation.rag_questions import (
     with_own_ids,
 )
 from nanochat.evaluation.rag_result import CONDITIONS, Column, Judged, RagResult, summarize
+from nanochat.intervals import Metric, exact
 from nanochat.model.lm import LM
 from nanochat.rag import support
 from nanochat.rag.citations import Answer, parse

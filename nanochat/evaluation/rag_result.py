@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from nanochat.evaluation.metrics import Metric, exact, mean, ratio, share
+from nanochat.intervals import Metric, exact, mean, ratio, share
 from nanochat.rag.calibration import reliability
 from nanochat.rag.questions import RagQuestion
 

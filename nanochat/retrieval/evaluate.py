@@ -12,15 +12,16 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
 from nanochat.errors import NanochatError, UsageError
+from nanochat.intervals import Metric
 from nanochat.retrieval.document import Hit
-from nanochat.retrieval.metrics import DEFAULT_METRICS, Estimate, Qrels, estimate, parse, per_query
+from nanochat.retrieval.metrics import DEFAULT_METRICS, Qrels, estimate, parse, per_query
 
 
 class Searchable(Protocol):
@@ -35,7 +36,7 @@ LATENCIES = (50, 90, 99)  # percentiles
 class Evaluation:
     """What was measured. `per_query` holds every metric's value for every query, for `metrics.difference`."""
 
-    metrics: dict[str, Estimate]
+    metrics: dict[str, Metric]
     per_query: dict[str, dict[str, float]]
     run: dict[str, list[str]] = field(repr=False)  # query -> document ids, best first
     n_queries: int
@@ -47,7 +48,7 @@ class Evaluation:
     def record(self) -> dict[str, Any]:
         """All but the single queries, as JSON values."""
         return {
-            "metrics": {name: value._asdict() for name, value in self.metrics.items()},
+            "metrics": {name: asdict(value) for name, value in self.metrics.items()},
             "queries": self.n_queries,
             "empty": self.n_empty,
             "latency_ms": self.latency_ms,

@@ -14,11 +14,12 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
 from nanochat.errors import NanochatError, UsageError
+from nanochat.intervals import Metric, mean, share
 
 Grades: TypeAlias = Mapping[str, int]  # document -> grade
 Qrels: TypeAlias = Mapping[str, Grades]
@@ -26,18 +27,6 @@ Ranking: TypeAlias = Mapping[str, float] | Sequence[str]
 Run: TypeAlias = Mapping[str, Ranking]
 
 DEFAULT_METRICS = ("ndcg@10", "recall@5", "recall@10", "precision@5", "mrr", "all_gold@5", "all_gold@10")
-N_RESAMPLES = 2000
-Z95 = 1.959963984540054  # the standard normal's 97.5% quantile
-
-
-class Estimate(NamedTuple):
-    """A mean over `n` queries and its 95% interval."""
-
-    value: float
-    n: int
-    low: float
-    high: float
-
 
 def recall(ranking: Sequence[str], grades: Grades, k: int) -> float:
     """The share of relevant documents among the first k."""
@@ -133,48 +122,26 @@ def per_query(qrels: Qrels, run: Run, metrics: Iterable[str] = DEFAULT_METRICS) 
 
 def measure(
     qrels: Qrels, run: Run, metrics: Iterable[str] = DEFAULT_METRICS, seed: int = 0
-) -> dict[str, Estimate]:
+) -> dict[str, Metric]:
     """Each metric's mean over the judged queries with its interval. Raises NanochatError when nothing is judged."""
     if not qrels:
         raise NanochatError("no query has a relevance judgement: there is nothing to measure")
     return {name: estimate(list(values.values()), seed) for name, values in per_query(qrels, run, metrics).items()}
 
 
-def estimate(values: Sequence[float] | np.ndarray, seed: int = 0) -> Estimate:
-    """The mean of independent values. The interval is Wilson's (1927) when all are 0 or 1, as it stays honest where
-    all are equal, else that of the percentile bootstrap (Efron 1979); one value alone has no interval."""
+def estimate(values: Sequence[float] | np.ndarray, seed: int = 0) -> Metric:
+    """The mean of independent values: Wilson's interval when all are 0 or 1, as it stays honest where all are equal,
+    else the bootstrap's; one value alone has no interval."""
     x = np.asarray(values, dtype=np.float64)
-    assert x.size, "a mean needs values"
-    n, mean = len(x), float(x.mean())
-    if n == 1:
-        return Estimate(mean, 1, mean, mean)
-    if np.isin(x, (0.0, 1.0)).all():
-        middle = (mean + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
-        half = Z95 / (1 + Z95**2 / n) * math.sqrt(mean * (1 - mean) / n + Z95**2 / (4 * n * n))
-        return Estimate(mean, n, 0.0 if mean == 0 else middle - half, 1.0 if mean == 1 else middle + half)
-    low, high = np.quantile(_resampled_means(x, seed), [0.025, 0.975])
-    return Estimate(mean, n, float(low), float(high))
+    if len(x) > 1 and np.isin(x, (0.0, 1.0)).all():
+        return share(int(x.sum()), len(x))
+    return mean(x, seed)
 
 
-def difference(better: Mapping[str, float], worse: Mapping[str, float], seed: int = 0) -> Estimate:
+def difference(better: Mapping[str, float], worse: Mapping[str, float], seed: int = 0) -> Metric:
     """The mean of `better - worse`, paired by query: an interval above 0 says that the one beats the other on such
     queries, which two overlapping intervals of their own cannot deny. Raises UsageError unless both have the same
     queries."""
     if better.keys() != worse.keys() or not better:
         raise UsageError("a difference needs two results over the same queries")
-    deltas = np.array([better[query] - worse[query] for query in better])
-    if len(deltas) == 1:
-        return Estimate(float(deltas[0]), 1, float(deltas[0]), float(deltas[0]))
-    low, high = np.quantile(_resampled_means(deltas, seed), [0.025, 0.975])
-    return Estimate(float(deltas.mean()), len(deltas), float(low), float(high))
-
-
-def _resampled_means(x: np.ndarray, seed: int) -> np.ndarray:
-    """Means of N_RESAMPLES draws with replacement, in chunks of at most 32 MB."""
-    random = np.random.default_rng(seed)
-    chunk = max(1, min(N_RESAMPLES, 4_000_000 // len(x)))
-    means: list[np.ndarray] = []
-    for start in range(0, N_RESAMPLES, chunk):
-        draws = random.integers(0, len(x), size=(min(chunk, N_RESAMPLES - start), len(x)))
-        means.append(x[draws].mean(axis=1))
-    return np.concatenate(means)
+    return mean([better[query] - worse[query] for query in better], seed)

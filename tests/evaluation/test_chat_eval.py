@@ -14,7 +14,7 @@ from nanochat.errors import NanochatError, UsageError
 from nanochat.evaluation import chat, commands
 from nanochat.evaluation.chat import choose, evaluate
 from nanochat.evaluation.language import bits_per_byte
-from nanochat.evaluation.metrics import share
+from nanochat.intervals import share
 from nanochat.model.config import ModelConfig
 from nanochat.model.lm import LM
 from nanochat.tasks.registry import open_task

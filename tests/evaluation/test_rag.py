@@ -14,10 +14,10 @@ from nanochat.data.world import World
 from nanochat.engine.generate import Completion
 from nanochat.errors import NanochatError, UsageError
 from nanochat.evaluation import rag, rag_commands
-from nanochat.evaluation.metrics import share
 from nanochat.evaluation.rag import Options, evaluate_rag, measure_rag
 from nanochat.evaluation.rag_questions import world_questions
 from nanochat.evaluation.rag_result import CONDITIONS, parts
+from nanochat.intervals import share
 from nanochat.model.config import ModelConfig
 from nanochat.model.lm import LM
 from nanochat.rag.questions import RagQuestion, load_questions
