@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias, overload
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from nanochat.errors import NanochatError, UsageError
 from nanochat.retrieval.document import Document, Filter, Found, Hit, Reranker, Retriever
 from nanochat.retrieval.fusion import rrf, weighted
 from nanochat.retrieval.index_files import fsync, make_directory
+from nanochat.retrieval.interface import SearchesDocuments
 from nanochat.retrieval.rerank import make_reranker, rerank
 
 Key: TypeAlias = tuple[str, tuple[int, int] | None]  # what makes a passage one: the id and where in the document
@@ -21,7 +22,7 @@ FUSIONS = ("weighted", "rrf")
 FORMAT, SAVED = 1, "hybrid.json"
 
 
-class HybridRetriever:
+class HybridRetriever(SearchesDocuments):
     """Fuses any retrievers. `depth` candidates are taken from each (or k, if that is more).
 
     `fusion` is "weighted" (normalised scores) or "rrf" (ranks only); `weights` gives each retriever's say. `reranker`
@@ -45,27 +46,16 @@ class HybridRetriever:
         self.fusion, self.weights, self.depth, self.reranker = fusion, weights, depth, make_reranker(reranker)
         fuse([Found.none()] * len(self.retrievers), 1, fusion, weights)  # says now what is wrong with them
 
-    @overload  # a text is a sequence of texts too, and comes first
-    def search(  # type: ignore[overload-overlap]
-        self, queries: str, k: int = 5, filter: Filter | None = None
-    ) -> list[Hit]: ...
-    @overload
-    def search(self, queries: Sequence[str], k: int = 5, filter: Filter | None = None) -> list[list[Hit]]: ...
-    def search(
-        self, queries: str | Sequence[str], k: int = 5, filter: Filter | None = None
-    ) -> list[Hit] | list[list[Hit]]:
-        """The best `k` passages of all retrievers for each query."""
-        if isinstance(queries, str):
-            return self.search([queries], k, filter)[0]
+    def _answers(self, texts: Sequence[str], k: int, filter: Filter | None) -> list[list[Hit]]:
         if k < 1:
             raise UsageError(f"k must be 1 or more, not {k}")
         depth = max(k, self.depth)
-        answers = [retriever.search(queries, depth, filter) for retriever in self.retrievers]
+        answers = [retriever.search(texts, depth, filter) for retriever in self.retrievers]
         keep = depth if self.reranker else k
         found = [fuse_hits(lists, keep, self.fusion, self.weights) for lists in zip(*answers)]
         if self.reranker is None:
             return found
-        return [rerank(self.reranker, query, hits, k) for query, hits in zip(queries, found)]
+        return [rerank(self.reranker, text, hits, k) for text, hits in zip(texts, found)]
 
     def add(self, documents: Iterable[Document]) -> list[Any]:
         """Add the documents to every retriever; what each of them answered."""

@@ -13,7 +13,6 @@ One process writes at a time; any number read, without locks, each its own versi
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -21,12 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from nanochat.errors import UsageError
 from nanochat.retrieval import compaction, generation, manifest
-from nanochat.retrieval.document import Document, Embedder, clean_text, content_hash
-from nanochat.retrieval.jsonl import file_list, read_documents
+from nanochat.retrieval.document import Document, Embedder, content_hash
+from nanochat.retrieval.interface import ingest_files, tag_name
 from nanochat.retrieval.manifest import Manifest, Version
 from nanochat.retrieval.opening import (
     EmbedderLike,
@@ -125,35 +123,19 @@ class KnowledgeBase(Reader):
         used. With `update` documents replace those of the same id."""
         if commit_every is None:
             commit_every = COMMIT_EMBEDDED if "embedder" in self.settings else COMMIT_EVERY
-        if commit_every < 1:
-            raise UsageError(f"commit_every must be 1 or more, not {commit_every}")
-        paths = file_list(files)
-        skipped: list[str] = []
-        total = Change(self.version)
-        size = sum(path.stat().st_size for path in paths)
-        with tqdm(total=size, unit="B", unit_scale=True, desc="ingest", disable=not progress) as bar:
 
-            def advance(n_bytes: int) -> None:
-                bar.update(n_bytes)
+        def commit(documents: Iterator[Document], paths: list[Path]) -> Change:
+            names = f"ingest {', '.join(path.name for path in paths[:3])}"
+            return self._change(documents, update, on_duplicate, on_error, names)
 
-            stream = read_documents(paths, on_error, skipped.append, advance)
-            while True:
-                part = itertools.islice(stream, commit_every)
-                first = next(part, None)
-                if first is None:
-                    break
-                names = f"ingest {', '.join(path.name for path in paths[:3])}"
-                total = total + self._change(itertools.chain([first], part), update, on_duplicate, on_error, names)
-                bar.set_postfix_str(f"{len(self):,} documents", refresh=False)
-        return total + Change(self.version, skipped=len(skipped))
+        return ingest_files(files, on_error, commit_every, progress, self.version, commit)
 
     def tag(self, name: str, version: int | str | None = None) -> None:
         """Name a version (default: the newest), or move a name. `compact` keeps tagged versions."""
-        if not isinstance(name, str) or not name or name.isdigit():
-            raise UsageError(f"a tag is a text that is no number, not {name!r}")
+        name = tag_name(name)
         with self._writing() as writer:
             now = writer.manifest
-            tags = {**now.tags, clean_text(name): now.find(now.newest.number if version is None else version).number}
+            tags = {**now.tags, name: now.find(now.newest.number if version is None else version).number}
             self._replace(now, tags=tags)
 
     def untag(self, name: str) -> None:

@@ -18,18 +18,16 @@ rank. What it does otherwise than the local knowledge base:
 from __future__ import annotations
 
 import contextlib
-import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from nanochat.errors import UsageError
-from nanochat.retrieval.document import Document, Embedder, clean_text, content_hash
-from nanochat.retrieval.jsonl import file_list, read_documents
+from nanochat.retrieval.document import Document, Embedder, content_hash
+from nanochat.retrieval.interface import ingest_files, tag_name
 from nanochat.retrieval.milvus_client import Connection, History, WriterLock
 from nanochat.retrieval.milvus_reader import FORMAT, MilvusReader, shape_of
 from nanochat.retrieval.milvus_rows import indexes, schema
@@ -108,29 +106,17 @@ class MilvusKnowledgeBase(MilvusReader):
         on_duplicate: str = "skip",
     ) -> Change:
         """Add the documents of JSONL files, a version for every `commit_every` of them; see KnowledgeBase.ingest."""
-        if commit_every < 1:
-            raise UsageError(f"commit_every must be 1 or more, not {commit_every}")
-        paths = file_list(files)
-        skipped: list[str] = []
-        total = Change(self.version)
-        size = sum(path.stat().st_size for path in paths)
-        with tqdm(total=size, unit="B", unit_scale=True, desc="ingest", disable=not progress) as bar:
 
-            def advance(n: int) -> None:
-                bar.update(n)
+        def commit(documents: Iterator[Document], _: list[Path]) -> Change:
+            return self._write(documents, update, on_duplicate, on_error)
 
-            stream = read_documents(paths, on_error, skipped.append, advance)
-            while (first := next(stream, None)) is not None:
-                part = itertools.chain([first], itertools.islice(stream, commit_every - 1))
-                total = total + self._write(part, update, on_duplicate, on_error)
-        return total + Change(self.version, skipped=len(skipped))
+        return ingest_files(files, on_error, commit_every, progress, self.version, commit)
 
     def tag(self, name: str, version: int | str | None = None) -> None:
         """Name a version (default: the newest), or move a name. `compact` keeps tagged versions."""
-        if not isinstance(name, str) or not name or name.isdigit():
-            raise UsageError(f"a tag is a text that is no number, not {name!r}")
+        name = tag_name(name)
         with self._alone():
-            self._history.tag(self._history.find(version), clean_text(name))
+            self._history.tag(self._history.find(version), name)
 
     def untag(self, name: str) -> None:
         """Take a name away. Raises UsageError when there is none such."""

@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 from nanochat.errors import UsageError
 from nanochat.retrieval.analysis import Analyser
-from nanochat.retrieval.document import Document, Embedder, Filter, Hit, Reranker, clean_text
+from nanochat.retrieval.document import Document, Embedder, Hit, clean_text
 from nanochat.retrieval.filters import check
+from nanochat.retrieval.interface import SearchesPassages
 from nanochat.retrieval.manifest import Version
 from nanochat.retrieval.milvus_check import problems, whole_documents
 from nanochat.retrieval.milvus_client import Connection, History, staging_directory
 from nanochat.retrieval.milvus_rows import Shape, any_of, key_of, passages, visible
 from nanochat.retrieval.milvus_search import Searcher, answer
 from nanochat.retrieval.opening import check_analyser, check_embedder, make_directory
-from nanochat.retrieval.search import AUTO, Query
+from nanochat.retrieval.search import Query
 
 FORMAT = 1
 LOCK_TIMEOUT = 60.0  # seconds that a second writer waits
@@ -25,7 +26,7 @@ PLACE = "milvus.json"  # what `save` writes
 Opened = TypeVar("Opened", bound="MilvusReader")
 
 
-class MilvusReader:
+class MilvusReader(SearchesPassages):
     """A knowledge base in Milvus as `open` opens it, to be read."""
 
     def __init__(
@@ -111,12 +112,6 @@ class MilvusReader:
         if self._owns:
             self._call.close()
 
-    def __enter__(self: Opened) -> Opened:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def __repr__(self) -> str:
         return f"<MilvusKnowledgeBase {self._place}: {self.kind}, version {self.version}, {len(self):,} documents>"
 
@@ -151,52 +146,10 @@ class MilvusReader:
             assert self._embedder is not None
         return self._embedder
 
-    @overload  # a text is a sequence of texts too, and comes first
-    def search(  # type: ignore[overload-overlap]
-        self,
-        queries: str,
-        k: int = 5,
-        filter: Filter | None = None,
-        *,
-        mode: str | None = None,
-        normalize: bool | str = False,
-        unique: bool = False,
-        reranker: Reranker | str | None = AUTO,
-        candidates: int = 50,
-    ) -> list[Hit]: ...
-    @overload
-    def search(
-        self,
-        queries: Sequence[str],
-        k: int = 5,
-        filter: Filter | None = None,
-        *,
-        mode: str | None = None,
-        normalize: bool | str = False,
-        unique: bool = False,
-        reranker: Reranker | str | None = AUTO,
-        candidates: int = 50,
-    ) -> list[list[Hit]]: ...
-    def search(
-        self,
-        queries: str | Sequence[str],
-        k: int = 5,
-        filter: Filter | None = None,
-        *,
-        mode: str | None = None,
-        normalize: bool | str = False,
-        unique: bool = False,
-        reranker: Reranker | str | None = AUTO,
-        candidates: int = 50,
-    ) -> list[Hit] | list[list[Hit]]:
-        """The best `k` passages for a query, or a list of them for each of several; see KnowledgeBase.search."""
+    def _answers(self, texts: Sequence[str], query: Query) -> list[list[Hit]]:
         self._call.check_open()
-        query = Query(k, filter, mode, normalize, unique, reranker, candidates)
-        conditions = check(filter)
         searcher = Searcher(self._call, self.collection, self.shape, self.settings, self._version)
-        if isinstance(queries, str):
-            return answer(searcher, [queries], query, conditions, lambda: self.embedder)[0]
-        return answer(searcher, queries, query, conditions, lambda: self.embedder)
+        return answer(searcher, texts, query, check(query.filter), lambda: self.embedder)
 
     def get(self, id: str) -> Document:
         """The whole document with this id. Raises UsageError when there is none."""
@@ -214,9 +167,6 @@ class MilvusReader:
 
     def __len__(self) -> int:
         return self._version.documents
-
-    def __bool__(self) -> bool:
-        return True  # an empty knowledge base is one
 
     def documents(self) -> Iterator[Document]:
         """All documents, whole, in the order in which they were added."""

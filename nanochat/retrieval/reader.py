@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 from nanochat.errors import UsageError
 from nanochat.retrieval import manifest, verification
 from nanochat.retrieval.chunk import spans
-from nanochat.retrieval.document import Document, Embedder, Filter, Hit, Reranker, clean_text
+from nanochat.retrieval.document import Document, Embedder, Hit, clean_text
+from nanochat.retrieval.interface import SearchesPassages
 from nanochat.retrieval.manifest import Version
 from nanochat.retrieval.opening import (
     EmbedderLike,
@@ -23,14 +24,14 @@ from nanochat.retrieval.opening import (
     writer_lock,
 )
 from nanochat.retrieval.prepare import passage_texts
-from nanochat.retrieval.search import AUTO, Query, run
+from nanochat.retrieval.search import Query, run
 from nanochat.retrieval.view import View
 
 LOCK_TIMEOUT = 10.0  # seconds that a second writer waits
 Opened = TypeVar("Opened", bound="Reader")
 
 
-class Reader:
+class Reader(SearchesPassages):
     """A knowledge base as `open` opens it, to be read."""
 
     def __init__(
@@ -98,12 +99,6 @@ class Reader:
             self._closed = True
             self._view.close()
 
-    def __enter__(self: Opened) -> Opened:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def __repr__(self) -> str:
         version = self._view.version
         return f"<KnowledgeBase {self.path}: {self.kind}, version {version.number}, {version.documents:,} documents>"
@@ -141,56 +136,9 @@ class Reader:
             assert self._embedder is not None
         return self._embedder
 
-    @overload  # a text is a sequence of texts too, and comes first
-    def search(  # type: ignore[overload-overlap]
-        self,
-        queries: str,
-        k: int = 5,
-        filter: Filter | None = None,
-        *,
-        mode: str | None = None,
-        normalize: bool | str = False,
-        unique: bool = False,
-        reranker: Reranker | str | None = AUTO,
-        candidates: int = 50,
-    ) -> list[Hit]: ...
-    @overload
-    def search(
-        self,
-        queries: Sequence[str],
-        k: int = 5,
-        filter: Filter | None = None,
-        *,
-        mode: str | None = None,
-        normalize: bool | str = False,
-        unique: bool = False,
-        reranker: Reranker | str | None = AUTO,
-        candidates: int = 50,
-    ) -> list[list[Hit]]: ...
-    def search(
-        self,
-        queries: str | Sequence[str],
-        k: int = 5,
-        filter: Filter | None = None,
-        *,
-        mode: str | None = None,
-        normalize: bool | str = False,
-        unique: bool = False,
-        reranker: Reranker | str | None = AUTO,
-        candidates: int = 50,
-    ) -> list[Hit] | list[list[Hit]]:
-        """The best `k` passages for a query, or a list of them for each of several.
-
-        `filter`: see filters.py. `mode`: which index of a hybrid one to ask (default: all of them). `normalize`:
-        scores from 0 to 1 ("minmax", "max" or "rank"; True is "minmax"). `unique`: only the best passage of each
-        document. `reranker` (a Reranker, a name as in
-        rerank.make_reranker, or None) judges the best `candidates` (or k, if that is more) again; by default hybrid
-        searches have feedback, the others none."""
+    def _answers(self, texts: Sequence[str], query: Query) -> list[list[Hit]]:
         self._check_open()
-        query = Query(k, filter, mode, normalize, unique, reranker, candidates)
-        if isinstance(queries, str):
-            return run(self._view, [queries], query, lambda: self.embedder)[0]
-        return run(self._view, queries, query, lambda: self.embedder)
+        return run(self._view, texts, query, lambda: self.embedder)
 
     def get(self, id: str) -> Document:
         """The whole document with this id. Raises UsageError when there is none."""
@@ -206,9 +154,6 @@ class Reader:
 
     def __len__(self) -> int:
         return self._view.version.documents
-
-    def __bool__(self) -> bool:
-        return True  # an empty knowledge base is one
 
     def documents(self) -> Iterator[Document]:
         """All documents, whole, in the order in which they were added."""

@@ -5,16 +5,17 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar
 
 from nanochat.errors import UsageError
 from nanochat.retrieval import hybrid, manifest
 from nanochat.retrieval.document import Document, Filter, Hit, Reranker, Retriever
+from nanochat.retrieval.interface import SearchesDocuments
 from nanochat.retrieval.knowledge_base import KnowledgeBase
 from nanochat.retrieval.search import AUTO, check_k
 
 
-class StoredRetriever:
+class StoredRetriever(SearchesDocuments):
     """A retriever over a knowledge base of its kind: the one at `path` (made there when there is none), or one in a
     temporary directory. `options` are those of `KnowledgeBase.create`."""
 
@@ -28,17 +29,8 @@ class StoredRetriever:
         else:
             self.kb = KnowledgeBase.create(place, kind=self.kind, **options)
 
-    @overload  # a text is a sequence of texts too, and comes first
-    def search(  # type: ignore[overload-overlap]
-        self, queries: str, k: int = 5, filter: Filter | None = None
-    ) -> list[Hit]: ...
-    @overload
-    def search(self, queries: Sequence[str], k: int = 5, filter: Filter | None = None) -> list[list[Hit]]: ...
-    def search(
-        self, queries: str | Sequence[str], k: int = 5, filter: Filter | None = None
-    ) -> list[Hit] | list[list[Hit]]:
-        """The best `k` passages for each query; see KnowledgeBase.search."""
-        return self.kb.search(queries, k, filter)
+    def _answers(self, texts: Sequence[str], k: int, filter: Filter | None) -> list[list[Hit]]:
+        return self.kb.search(texts, k, filter)
 
     def add(self, documents: Iterable[Document]) -> Any:
         """See KnowledgeBase.add."""
@@ -112,7 +104,7 @@ class _StoredHybrid(StoredRetriever):
     kind = "hybrid"
 
 
-class HybridRetriever:
+class HybridRetriever(SearchesDocuments):
     """Several rankings fused, the best reranked (by feedback, which needs no model, unless told otherwise).
 
     HybridRetriever()                  BM25 and vectors over one knowledge base; options as for the other retrievers
@@ -136,20 +128,10 @@ class HybridRetriever:
             chosen = "feedback" if reranker == AUTO else reranker
             self.inner = hybrid.HybridRetriever(retrievers, reranker=chosen, **options)
 
-    @overload  # a text is a sequence of texts too, and comes first
-    def search(  # type: ignore[overload-overlap]
-        self, queries: str, k: int = 5, filter: Filter | None = None
-    ) -> list[Hit]: ...
-    @overload
-    def search(self, queries: Sequence[str], k: int = 5, filter: Filter | None = None) -> list[list[Hit]]: ...
-    def search(
-        self, queries: str | Sequence[str], k: int = 5, filter: Filter | None = None
-    ) -> list[Hit] | list[list[Hit]]:
-        """The best `k` passages for each query."""
+    def _answers(self, texts: Sequence[str], k: int, filter: Filter | None) -> list[list[Hit]]:
         if isinstance(self.inner, StoredRetriever):
-            found: list[Hit] | list[list[Hit]] = self.inner.kb.search(queries, k, filter, reranker=self.reranker)
-        else:
-            found = self.inner.search(queries, check_k(k), filter)
+            return self.inner.kb.search(texts, k, filter, reranker=self.reranker)
+        found: list[list[Hit]] = self.inner.search(texts, check_k(k), filter)
         return found
 
     def add(self, documents: Iterable[Document]) -> Any:
