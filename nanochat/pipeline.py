@@ -17,8 +17,6 @@ from typing import Any
 
 from nanochat import config, runtime
 from nanochat.checkpoint import latest, read_meta
-from nanochat.data.corpus import open_world
-from nanochat.data.spec import read_options, split_spec
 from nanochat.data.world import World
 from nanochat.engine.load import load_checkpoint
 from nanochat.errors import NanochatError, UsageError
@@ -26,6 +24,7 @@ from nanochat.evaluation.chat import TaskResult, evaluate
 from nanochat.evaluation.commands import BaseEvalSettings, evaluate_base
 from nanochat.evaluation.metrics import table
 from nanochat.evaluation.rag import Options, measure_rag
+from nanochat.evaluation.rag_commands import open_world_of
 from nanochat.evaluation.rag_questions import world_questions
 from nanochat.intervals import Metric, exact
 from nanochat.rag.knowledge import Knowledge, open_knowledge
@@ -36,8 +35,6 @@ from nanochat.tasks.registry import open_task
 from nanochat.training.commands import TokenizerSettings, run_dir, train_base, train_mid, train_sft, train_tokenizer
 from nanochat.training.rag import RagSettings, train_rag
 from nanochat.training.settings import BaseSettings, MidSettings, SFTSettings
-
-WORLD_OPTIONS = {"seed": int, "known": int, "new": int}
 
 
 @dataclass(frozen=True)
@@ -281,7 +278,7 @@ def measure_grounded(
     settings: QuickstartSettings, todo: Plan, directory: Path
 ) -> tuple[dict[str, Metric], list[dict[str, Any]]]:
     """Questions about a world that no stage has seen, to the RAG model with a knowledge base of that world."""
-    world = open_world(read_options(todo.rag_world, split_spec(todo.rag_world)[1], WORLD_OPTIONS))
+    world = open_world_of(todo.rag_world)
     knowledge = build_knowledge(directory / "knowledge_base", world)
     chat = load_checkpoint(str(directory / "rag"), device=settings.device, dtype=settings.dtype)
     questions = world_questions(world, settings.rag_questions, settings.rag_questions, settings.eval_seed)
@@ -327,5 +324,5 @@ def quickstart(argv: list[str] | None = None) -> None:
 
 def ask_example(todo: Plan) -> str:
     """A question that the knowledge base answers."""
-    world = open_world(read_options(todo.rag_world, split_spec(todo.rag_world)[1], WORLD_OPTIONS))
+    world = open_world_of(todo.rag_world)
     return next(world.questions(1, "new", "heldout", 0, 1)).text

@@ -37,7 +37,6 @@ from nanochat.errors import NanochatError, UsageError
 from nanochat.evaluation.chat import gather, slices
 from nanochat.evaluation.grading import answer_f1, is_right
 from nanochat.evaluation.rag_questions import (
-    Knowledge,
     check_questions,
     gold_documents,
     prompt_tokens,
@@ -48,6 +47,7 @@ from nanochat.intervals import Metric, exact
 from nanochat.model.lm import LM
 from nanochat.rag import support
 from nanochat.rag.citations import Answer, parse
+from nanochat.rag.knowledge import Searcher
 from nanochat.rag.prompt import retrieval_message
 from nanochat.rag.questions import RagQuestion
 from nanochat.retrieval.document import Document, Embedder
@@ -88,7 +88,7 @@ class Prepared(NamedTuple):
 def evaluate_rag(
     model: LM,
     tokenizer: Tokenizer,
-    knowledge: Knowledge | None,
+    knowledge: Searcher | None,
     questions: Sequence[RagQuestion],
     top_k: int = 5,
     *,
@@ -103,7 +103,7 @@ def evaluate_rag(
 def measure_rag(
     model: LM,
     tokenizer: Tokenizer,
-    knowledge: Knowledge | None,
+    knowledge: Searcher | None,
     questions: Sequence[RagQuestion],
     options: Options = Options(),
     conditions: Sequence[str] = tuple(CONDITIONS),

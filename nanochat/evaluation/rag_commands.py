@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat import config, runtime
+from nanochat.chat import trained_on_retrieval
 from nanochat.data.corpus import open_world
 from nanochat.data.spec import read_options, split_spec
 from nanochat.data.world import World
@@ -99,7 +99,7 @@ def evaluate_rag_settings(settings: RagEvalSettings) -> RagResult:
     questions = choose_questions(settings, world)
     with knowledge_of(settings, world, questions) as knowledge:
         loaded = load(settings)
-        if not trained_on_retrieval(loaded):
+        if not trained_on_retrieval(loaded.meta):
             log.warning(
                 "%s was never trained on retrieved documents: expect no citations and few right answers; "
                 "`nanochat rag_finetune --source %s` trains that", loaded.path, settings.source,
@@ -159,17 +159,6 @@ def world_knowledge(world: World, kind: str = "hybrid") -> Iterator[Any]:
     ):
         knowledge.add(as_document(record) for record in world.documents("new"))
         yield knowledge
-
-
-def trained_on_retrieval(loaded: Loaded) -> bool:
-    """Whether the checkpoint's stage, or the tasks in its stage's config.json, are about retrieval."""
-    if loaded.meta.get("stage") == "rag":
-        return True
-    try:
-        saved = json.loads((loaded.path.parent / "config.json").read_text(encoding="utf-8"))
-        return any(str(task).startswith("rag") for task in saved.get("tasks", ()))
-    except (OSError, ValueError, AttributeError, TypeError):
-        return False
 
 
 def save(settings: RagEvalSettings, loaded: Loaded, result: RagResult, new: bool) -> Path:

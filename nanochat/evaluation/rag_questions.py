@@ -9,22 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 from nanochat.data.world import Question, World
 from nanochat.errors import UsageError
 from nanochat.rag.questions import RagQuestion, complain
-from nanochat.retrieval.document import Document, Hit
+from nanochat.retrieval.document import Document
 from nanochat.tokenizer import Tokenizer
 
 LEAST_ROOM = 32  # tokens that a prompt must leave for documents
-
-
-class Knowledge(Protocol):
-    """What an evaluation needs of a knowledge base or retriever. `get` and `in` serve gold documents that do not come
-    with the question."""
-
-    def search(self, queries: Sequence[str], k: int = 5) -> Sequence[Sequence[Hit]]: ...
 
 
 # ---- the tiny world

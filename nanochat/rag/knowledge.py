@@ -14,9 +14,13 @@ if TYPE_CHECKING:
 
 
 class Searcher(Protocol):
-    """What training and evaluation need of a knowledge base."""
+    """What chat and evaluation need of a knowledge base or retriever."""
 
-    def search(self, queries: Sequence[str], k: int = 5) -> list[list[Hit]]: ...
+    def search(self, queries: Sequence[str], k: int = 5) -> Sequence[Sequence[Hit]]: ...
+
+
+class Library(Searcher, Protocol):
+    """What training needs: documents by id too."""
 
     def get(self, id: str) -> Document: ...
 

@@ -15,7 +15,7 @@ from typing import Any
 from nanochat.data.answers import contains_answer, exact_match, is_abstention
 from nanochat.data.shuffle import Draws, mix
 from nanochat.data.world import VAL_WORDING, Question, World
-from nanochat.rag.knowledge import Searcher
+from nanochat.rag.knowledge import Library, Searcher
 from nanochat.rag.prompt import Block, retrieval_message
 from nanochat.rag.questions import RagQuestion
 from nanochat.retrieval.document import Document
@@ -194,7 +194,7 @@ class Retrieved(Given):
     def __init__(
         self,
         questions: Sequence[RagQuestion],
-        knowledge: Searcher,
+        knowledge: Library,
         top_k: int = 5,
         keep_gold: bool = False,
         **options: Any,
