@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+SHARED = Path(__file__).parents[2] / "shared" / "data"  # public collections beside the checkout
+
 
 def report(benchmark: str, rows: list[dict[str, Any]], ratios: Mapping[str, float | None]) -> None:
     """Print the rows and ratios as tables, then all as one line of JSON."""

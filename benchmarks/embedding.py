@@ -22,22 +22,24 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import report
+from benchmarks.common import SHARED, report
 from nanochat.retrieval import formats, metrics
 from nanochat.retrieval.document import Embedder
 from nanochat.retrieval.embed import MINILM_PACKAGE, make_embedder
 
 PEER = "sentence-transformers fp32"
-DATA = Path(__file__).parents[2] / "shared" / "data" / "cranfield"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Embedding speed and quality")
-    parser.add_argument("--cranfield", type=Path, default=DATA, help="the folder of the collection")
+    parser.add_argument("--cranfield", type=Path, default=SHARED / "cranfield", help="the folder of the collection")
     parser.add_argument("--texts", type=int, default=96, help="in a round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quality", action=argparse.BooleanOptionalAction, default=True, help="takes minutes")
     args = parser.parse_args()
+    if not args.cranfield.is_dir():
+        print(f"embedding: not run; there is no collection in {args.cranfield}: name one with --cranfield DIR")
+        return
     collection = formats.cranfield(args.cranfield)
     texts = [document.text for document in collection.documents]
     sides = {"fp32": make_embedder("minilm-fp32"), "int8": make_embedder("minilm")}
