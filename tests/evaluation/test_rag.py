@@ -5,45 +5,32 @@ import json
 import re
 
 import pytest
-import torch
+from readers import build_reader, hotpot
 
-from nanochat import checkpoint
 from nanochat.data.answers import ABSTENTION
-from nanochat.data.corpus import open_corpus
 from nanochat.data.world import World
 from nanochat.engine.generate import Completion
 from nanochat.errors import NanochatError, UsageError
-from nanochat.evaluation import rag, rag_commands
+from nanochat.evaluation import rag
 from nanochat.evaluation.rag import Options, evaluate_rag, measure_rag
 from nanochat.evaluation.rag_questions import world_questions
 from nanochat.evaluation.rag_result import CONDITIONS, parts
 from nanochat.intervals import share
-from nanochat.model.config import ModelConfig
-from nanochat.model.lm import LM
 from nanochat.rag.questions import RagQuestion, load_questions
 from nanochat.rag.tasks import as_document
 from nanochat.retrieval.document import Document, Hit
-from nanochat.tokenizer import Tokenizer
 
 WORLD = World(7, 20, 60)
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.train(open_corpus("world:seed=0,known=40,new=40").documents("train"), 500)
-
-
-def build(tokenizer, sequence_len=1024):
-    shape = {"depth": 2, "d_model": 32, "n_head": 2, "pattern": "M2 T", "sequence_len": sequence_len}
-    model = LM.build(ModelConfig(vocab_size=tokenizer.vocab_size, **shape), seed=0)
-    with torch.no_grad():
-        model.head.weight.normal_(0.0, 0.5, generator=torch.Generator().manual_seed(0))
-    return model.eval()
+def tokenizer(reader_tokenizer):
+    return reader_tokenizer
 
 
 @pytest.fixture(scope="module")
-def model(tokenizer):
-    return build(tokenizer)
+def model(reader):
+    return reader
 
 
 class Shelf:
@@ -263,13 +250,6 @@ def test_citations_without_gold_ids_are_judged_by_what_documents_hold(monkeypatc
 # ---- questions that bring their documents
 
 
-def hotpot(i, answer="Torwick"):
-    context = [[f"Mara {i}", [f"Mara {i} was born", " in Torwick."]], ["Torwick", ["Torwick is old."]],
-               [f"Bram {i}", ["Bram likes soup."]]]  # fmt: skip
-    return {"_id": f"h{i}", "question": f"Where was Mara {i} born?", "answer": answer, "context": context,
-            "supporting_facts": [[f"Mara {i}", 0], ["Torwick", 0]]}  # fmt: skip
-
-
 def test_hotpotqa_brings_its_documents(monkeypatch, model, tokenizer, tmp_path):
     class Copyist(Reader):
         def answer(self, question, documents):
@@ -292,45 +272,6 @@ def test_hotpotqa_brings_its_documents(monkeypatch, model, tokenizer, tmp_path):
     shown = [set(j.documents) for j in result.columns["rag_shuffled"].judged]
     assert all("Torwick" not in titles for titles in shown)  # its own gold paragraph, whoever brings it
     assert all(len(j.documents) == 2 for j in result.columns["rag_gold"].judged)
-
-
-def test_lines_of_jsonl_and_lists_are_read_alike(tmp_path):
-    rows = [hotpot(0), {"question": "Who?", "answer": "Mara", "gold": ["d1"]}, {"question": "Why?", "answers": []}]
-    (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, rows)), encoding="utf-8-sig")
-    (tmp_path / "a.json").write_text(json.dumps(rows))
-    lines, items = load_questions(tmp_path / "a.jsonl"), load_questions(tmp_path / "a.json")
-    assert [q.question for q in lines] == [q.question for q in items]
-    assert [q.gold for q in lines] == [("Mara 0", "Torwick"), ("d1",), ()]
-    assert [q.answerable for q in lines] == [True, True, False]
-    assert [q.id for q in lines] == ["h0", "q3", "q5"]
-
-
-def test_everything_wrong_with_a_file_is_said_at_once(tmp_path):
-    broken = {k: v for k, v in hotpot(1).items() if k != "answer"}
-    rows = ['{"question": "A?", "answer": "a", "id": 1}', "{oops", "[1]", '{"answer": "x"}', json.dumps(broken),
-            '{"question": "B?", "answer": 3}', '{"question": "C?", "gold": ["d"]}',
-            '{"question": "D?", "answer": "d", "id": 1}']  # fmt: skip
-    (tmp_path / "bad.jsonl").write_text("\n".join(rows))
-    with pytest.raises(UsageError) as error:
-        load_questions(tmp_path / "bad.jsonl")
-    text = str(error.value)
-    assert "bad.jsonl" in text
-    assert [int(n) for n in re.findall(r"^ +line (\d+):", text, re.M)] == [2, 3, 4, 5, 6, 7, 8]
-    assert "stands at line 1 too" in text
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(b"", "holds no question"), (b"[]", "holds no question"), (b"[{]", "the list: not JSON"),
-     (b"[3]", "item 1: must be an object"), (b"{}\n\xff", "line 2: not UTF-8"),
-     (b"[" * 100_000, "the list: not JSON")],
-)  # fmt: skip
-def test_files_that_hold_no_questions(tmp_path, content, message):
-    (tmp_path / "x.jsonl").write_bytes(content)
-    with pytest.raises(NanochatError, match=message):
-        load_questions(tmp_path / "x.jsonl")
-    with pytest.raises(NanochatError, match="cannot read"):
-        load_questions(tmp_path / "nowhere.jsonl")
 
 
 # ---- what is checked before anything is generated
@@ -408,7 +349,7 @@ def test_documents_are_cut_to_the_context_and_counted(monkeypatch, tokenizer, ca
         def answer(self, question, documents):
             return None
 
-    small = build(tokenizer, 256)
+    small = build_reader(tokenizer, 256)
     monkeypatch.setattr(rag, "Engine", Meter)
     result = measure_rag(small, tokenizer, Shelf(), list(FACTS.values()), Options(n_latency=1), ["rag"])
     assert f"in {N + U} of {N + U} prompts documents were shortened or left out" in caplog.text
@@ -487,98 +428,3 @@ def test_a_world_that_is_too_small_says_how_large_it_has_to_be():
     assert len(world_questions(World(7, 20, enough), 1000, 0)) == 1000
     with pytest.raises(UsageError, match="new=0"):
         world_questions(World(7, 20, 0), 10, 0)
-
-
-# ---- the command
-
-
-@pytest.fixture(scope="module")
-def out_dir(model, tokenizer, tmp_path_factory):
-    """A run with an SFT checkpoint and one of a RAG stage."""
-    out = tmp_path_factory.mktemp("out")
-    tokenizer.save(out / "demo" / "tokenizer")
-    for stage in ("sft", "rag"):
-        meta = {"stage": stage, "model_config": model.config.to_dict(), "tokenizer_hash": tokenizer.hash, "metrics": {}}
-        checkpoint.save(out / "demo" / stage, 3, {"model": model.state_dict()}, meta)
-    return out
-
-
-SMALL = ["--max_problems", "8", "--max_unanswerable", "4", "--max_tokens", "6", "--latency_questions", "1",
-         "--top_k", "2", "--samples", "3"]  # fmt: skip
-
-
-@pytest.mark.parametrize("contrast", [False, True])
-def test_rag_eval_of_a_world(out_dir, capsys, caplog, contrast):
-    arguments = ["--out_dir", str(out_dir), "--questions", "world:seed=7,known=20,new=60", "--retriever_type", "simple"]
-    rag_commands.rag_eval([*arguments, *SMALL, *(["--contrast"] if contrast else [])])
-    record = json.loads((out_dir / "demo" / "rag_eval_rag.json").read_text())
-    assert (record["kind"], record["stage"], record["step"]) == ("rag_eval", "rag", 3)
-    assert {"closed_book_new_em", "rag_em", "rag_gold_em", "rag_shuffled_em", "no_documents_em", "hallucination_rate",
-            "abstain_unanswerable", "retrieval_recall", "rag_latency_ms"} <= set(record["metrics"])  # fmt: skip
-    assert record["metrics"]["hallucination_rate"]["n"] == 12
-    assert record["metrics"]["retrieval_recall"]["value"] > 0.8
-    assert {sample["condition"] for sample in record["samples"]} == set(CONDITIONS)
-    assert "right answer" in capsys.readouterr().out
-    assert "never trained on retrieved documents" not in caplog.text
-
-
-def test_a_checkpoint_never_trained_on_retrieval_is_evaluated_with_a_warning(out_dir, caplog, tmp_path):
-    path = tmp_path / "h.jsonl"
-    path.write_text("\n".join(json.dumps(hotpot(i)) for i in range(3)))
-    rag_commands.rag_eval(["--out_dir", str(out_dir), "--source", "sft", "--questions", str(path), *SMALL])
-    assert "was never trained on retrieved documents" in caplog.text
-    record = json.loads((out_dir / "demo" / "rag_eval_sft.json").read_text())
-    assert {"closed_book_em", "rag_em"} <= set(record["metrics"])
-    assert record["metrics"]["rag_em"]["n"] == 3
-
-
-def test_rag_eval_of_own_questions_and_knowledge_base(out_dir, tmp_path):
-    from nanochat.retrieval import KnowledgeBase
-
-    with KnowledgeBase.create(tmp_path / "kb", kind="simple") as base:
-        base.add([Document("d1", "Mara Velt was born in Torwick.", "Mara"), Document("d2", "Bram likes soup.", "Bram")])
-    rows = [{"question": "Where was Mara Velt born?", "answer": "Torwick", "gold": ["d1"]},
-            {"question": "Who likes soup?", "answer": "Bram", "gold": ["d2"]}, {"question": "Why?"}]  # fmt: skip
-    path = tmp_path / "q.jsonl"
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    result = rag_commands.evaluate_rag_settings(
-        rag_commands.RagEvalSettings(
-            out_dir=str(out_dir), questions=str(path), knowledge_base=str(tmp_path / "kb"), max_tokens=4,
-            latency_questions=1,
-        )
-    )  # fmt: skip
-    assert result.metrics(new=False)["retrieval_recall"] == share(2, 2)
-    assert [j.documents[0] for j in result.columns["rag_gold"].judged] == ["Mara", "Bram"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "messages"),
-    [
-        (["--top_k=0", "--batch_size=0", "--order=best", "--questions=nowhere.jsonl", "--knowledge_base=nowhere"],
-         ["--top_k 0", "--batch_size 0", "--order best", "--questions nowhere.jsonl", "--knowledge_base nowhere"]),
-        (["--conditions", "rag", "gold"], ["--conditions gold", "rag_gold"]),
-        (["--retriever_type=bm52"], ["--retriever_type bm52"]),
-        (["--questions=world:sed=7"], ["unknown option 'sed'"]),
-        (["--questions=world:seed=7,known=20,new=60", "--max_problems=5000"], ["give only", "new=902"]),
-        (["--question=x"], ["did you mean --questions"]),
-        (["--temperature=-1"], ["--temperature -1"]),
-    ],
-)  # fmt: skip
-def test_wrong_calls(out_dir, arguments, messages):
-    with pytest.raises(UsageError) as error:
-        rag_commands.rag_eval(["--out_dir", str(out_dir), *arguments])
-    for message in messages:
-        assert message in str(error.value)
-
-
-def test_a_knowledge_base_that_is_empty_or_none_is_refused(out_dir, tmp_path):
-    from nanochat.retrieval import KnowledgeBase
-
-    KnowledgeBase.create(tmp_path / "kb", kind="simple").close()
-    (tmp_path / "none").mkdir()
-    for directory, message in ((tmp_path / "kb", "holds no documents"), (tmp_path / "none", "none")):
-        with pytest.raises(NanochatError, match=message):
-            rag_commands.rag_eval(
-                ["--out_dir", str(out_dir), "--questions=world:seed=7,known=20,new=60", *SMALL,
-                 "--knowledge_base", str(directory)]
-            )  # fmt: skip

@@ -1,9 +1,10 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from nanochat.errors import NanochatError
+from nanochat.errors import NanochatError, UsageError
 from nanochat.rag.questions import load_questions
 
 HOTPOT = {
@@ -55,3 +56,42 @@ def test_files_that_hold_nothing(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe{")
     with pytest.raises(NanochatError, match="UTF-8"):
         load_questions(tmp_path / "b.jsonl")
+
+
+def test_lines_of_jsonl_and_lists_are_read_alike(tmp_path: Path) -> None:
+    rows = [HOTPOT, {"question": "Who?", "answer": "Mara", "gold": ["d1"]}, {"question": "Why?", "answers": []}]
+    (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, rows)), encoding="utf-8-sig")
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    lines, items = load_questions(tmp_path / "a.jsonl"), load_questions(tmp_path / "a.json")
+    assert [q.question for q in lines] == [q.question for q in items]
+    assert [q.gold for q in lines] == [("A", "B"), ("d1",), ()]
+    assert [q.answerable for q in lines] == [True, True, False]
+    assert [q.id for q in lines] == ["h1", "q3", "q5"]
+
+
+def test_everything_wrong_with_a_file_is_said_at_once(tmp_path: Path) -> None:
+    broken = {k: v for k, v in HOTPOT.items() if k != "answer"}
+    rows = ['{"question": "A?", "answer": "a", "id": 1}', "{oops", "[1]", '{"answer": "x"}', json.dumps(broken),
+            '{"question": "B?", "answer": 3}', '{"question": "C?", "gold": ["d"]}',
+            '{"question": "D?", "answer": "d", "id": 1}']  # fmt: skip
+    (tmp_path / "bad.jsonl").write_text("\n".join(rows))
+    with pytest.raises(UsageError) as error:
+        load_questions(tmp_path / "bad.jsonl")
+    text = str(error.value)
+    assert "bad.jsonl" in text
+    assert [int(n) for n in re.findall(r"^ +line (\d+):", text, re.M)] == [2, 3, 4, 5, 6, 7, 8]
+    assert "stands at line 1 too" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "holds no question"), (b"[]", "holds no question"), (b"[{]", "the list: not JSON"),
+     (b"[3]", "item 1: must be an object"), (b"{}\n\xff", "line 2: not UTF-8"),
+     (b"[" * 100_000, "the list: not JSON")],
+)  # fmt: skip
+def test_files_that_hold_no_questions(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "x.jsonl").write_bytes(content)
+    with pytest.raises(NanochatError, match=message):
+        load_questions(tmp_path / "x.jsonl")
+    with pytest.raises(NanochatError, match="cannot read"):
+        load_questions(tmp_path / "nowhere.jsonl")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,4 +55,5 @@ def hybrid(tmp_path: Path) -> Iterator[KnowledgeBase]:
         made.add([moon, sun, Document("../sea/..", "The sea is salt water.", metadata={"year": 1969})])
         yield made
 
-
+if importlib.util.find_spec("pymilvus") and importlib.util.find_spec("milvus_lite"):
+    from milvus_server import make, uri  # noqa: F401 - fixtures

@@ -11,13 +11,9 @@ from typing import Any
 import pytest
 
 from nanochat import cli
-from nanochat.errors import UsageError
 from nanochat.lock import lock_file
-from nanochat.retrieval import display, manifest
+from nanochat.retrieval import manifest
 from nanochat.retrieval.commands import COMMANDS, sources
-from nanochat.retrieval.conditions import parse_conditions
-from nanochat.retrieval.document import Document, Hit
-from nanochat.retrieval.filters import check, matches
 from nanochat.retrieval.knowledge_base import KnowledgeBase
 
 DOCUMENTS = [
@@ -448,71 +444,13 @@ def test_interrupted_ingestion_says_how_to_go_on(call: Call, monkeypatch: pytest
     assert done.err == "\nkb is whole; the same call goes on where it stopped\ninterrupted\n"
 
 
-# ---- filters as one types them
-
-
-@pytest.mark.parametrize(
-    ("texts", "expected"),
-    [
-        (["kind=planet"], ["mars"]),
-        (["kind!=planet"], ["a/../b c"]),
-        (["year=1969"], ["moon"]),
-        (['year="1969"'], []),
-        (["year>=1969", "year<1976"], ["moon"]),
-        (["year==1976"], ["mars"]),
-        (["year>1969"], ["mars"]),
-        (["kind=planet", "kind=food"], ["mars", "a/../b c"]),
-        (['{"kind": ["planet", "food"]}', "year<=1976"], ["mars"]),
-        (["id=a/../b c"], ["a/../b c"]),
-        (["title=The Moon"], ["moon"]),
-        (["nothing=1"], []),
-    ],
-)
-def test_conditions(texts: list[str], expected: list[str]) -> None:
-    conditions = check(parse_conditions(texts))
-    documents = [
-        Document(d["id"], d["content"], d.get("title", ""), metadata={k: d[k] for k in ("year", "kind") if k in d})
-        for d in DOCUMENTS
-    ]
-    assert [d.id for d in documents if matches(d, conditions)] == expected
+# ---- filters
 
 
 def test_conditions_through_the_command_line(call: Call) -> None:
     built(call)
     assert ids(call("search", "kb", "air", "--json", "--filter", "year>=1970", "kind=planet")) == ["mars"]
     assert ids(call("search", "kb", "air", "--json", "--filter", '{"year": {"lt": 1970}}')) == ["moon"]
-
-
-@pytest.mark.parametrize("text", ["=x", "", "year=>5", "{}x", '{"a": {}}', '{"a": {"b": 1}}', "[1]"])
-def test_what_is_no_condition(text: str) -> None:
-    with pytest.raises(UsageError):
-        check(parse_conditions([text]))
-
-
-def test_two_bounds_of_a_kind() -> None:
-    with pytest.raises(UsageError, match="two conditions"):
-        parse_conditions(["year>1", "year>2"])
-    assert parse_conditions([]) is None
-
-
-# ---- what is printed
-
-
-def test_texts_cannot_command_the_terminal() -> None:
-    hit = Hit("x\x1b[2J", 1.0, 1, Document("x\x1b[2J", "a\x1b]0;evil\x07b\nsecond\u202e", "T\r"))
-    for text in (display.hits_table("q", [hit]), display.hits_table("q", [hit], full=True)):
-        assert all(c.isprintable() or c == "\n" for c in text)
-
-
-def test_excerpts_show_what_was_asked_for() -> None:
-    document = Document("x", "padding " * 50 + "the needle stands here " + "more " * 50, "A title that is long")
-    text = display.excerpt(document, "where is the needle?", 80)
-    assert "needle stands here" in text
-    assert text.startswith("A title that is long: …")
-    assert len(text) <= 80
-    assert display.excerpt(Document("x", "short"), "needle", 80) == "short"
-    numbered = Document("x", " ".join(f"w{i}" for i in range(1000)))
-    assert " w700 " in display.excerpt(numbered, "w700", 60)
 
 
 # ---- the program
