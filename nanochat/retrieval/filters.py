@@ -120,6 +120,7 @@ def sql(key: str, condition: Condition) -> Iterator[tuple[str, list[Any]]]:
     condition: each gives some of them, together they give all."""
     if key in OWN_FIELDS:
         table, column, exists, names = "documents", key, f"{key} != ''", []
+        condition = _of_texts(condition)
     else:
         table, column, exists, names = "fields", "value", "key = (SELECT key FROM keys WHERE name = ?)", [key]
     positive = {name: operand for name, operand in condition.items() if name not in ("ne", "in")}
@@ -135,6 +136,20 @@ def sql(key: str, condition: Condition) -> Iterator[tuple[str, list[Any]]]:
             yield one, [*values, *part, *names, condition["ne"]]
         else:
             yield one, [*values, *part]
+
+
+def _of_texts(condition: Condition) -> Condition:
+    """The condition on a field that holds texts only, without numbers: SQLite would compare these as their digits, for
+    the column's text affinity, but a number is no text and compares with none. An empty list matches nothing."""
+    kept: Condition = {}
+    for name, operand in condition.items():
+        if name == "in":
+            kept["in"] = [one for one in operand if isinstance(one, str)]
+        elif isinstance(operand, str):
+            kept[name] = operand
+        elif name != "ne":
+            return {"in": []}
+    return kept
 
 
 def _tests(column: str, condition: Condition) -> tuple[list[str], list[Any]]:

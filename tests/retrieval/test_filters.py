@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nanochat.errors import UsageError
@@ -65,6 +65,11 @@ def by_sql(database: sqlite3.Connection, documents: list[Document], filter: dict
     return found
 
 
+@example([Document("1", "")], {"id": 1})
+@example([Document("1", "")], {"id": [1, "2"]})
+@example([Document("1", "", "5")], {"title": {"lt": 6}})
+@example([Document("a", "")], {"id": {"lt": 5, "in": ["a"]}})
+@example([Document("1", "", "5")], {"title": {"gte": 4, "ne": 5}})
 @given(st.lists(DOCUMENTS, max_size=4), FILTERS)
 def test_sql_equals_the_definition(database: sqlite3.Connection, documents: list[Document], filter: dict) -> None:
     expected = {row for row, document in enumerate(documents) if matches(document, check(filter))}
