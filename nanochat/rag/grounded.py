@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Generator, Mapping, Sequence, Sized
+from collections.abc import Callable, Generator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -69,6 +69,23 @@ class GroundedAnswer:
 
     def __str__(self) -> str:
         return "\n".join([self.text, *self.sources])
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question with its documents, ready for the model: `finish` makes the answer of what the model says."""
+
+    messages: list[dict[str, Any]]  # as the model reads them: the documents among them
+    ids: list[int]  # the prompt; empty when there is nothing to ask about
+    sampling: Sampling
+    block: Block
+    query: str  # what was searched for; empty: nothing was
+    began: float  # time.perf_counter() at the beginning
+
+    @property
+    def nothing_found(self) -> bool:
+        """Whether the answer is NOTHING_FOUND, without asking the model."""
+        return bool(self.query) and not self.block.documents
 
 
 class GroundedChat:
@@ -142,29 +159,43 @@ class GroundedChat:
         self, messages: str | Sequence[Mapping[str, Any]], **sampling: Any
     ) -> Generator[str, None, GroundedAnswer]:
         """As `chat`, piece by piece; the generator returns the GroundedAnswer."""
+        asked = self.prepare(messages, **sampling)
+        if asked.nothing_found:
+            yield NOTHING_FOUND
+            return self.finish(asked)
+        engine = Engine(self.model, self.tokenizer, decoder=self.decoder(asked))
+        cache = self.cache if self.cache.max_bytes else None
+        return self.finish(asked, (yield from engine.stream(asked.ids, asked.sampling, cache)))
+
+    def prepare(self, messages: str | Sequence[Mapping[str, Any]], **sampling: Any) -> Asked:
+        """All that comes before the model: the search and the prompt. For whoever runs the model elsewhere, such as a
+        server that answers many at once: `ids` and `sampling` go to the model with `decoder`, what it says to `finish`.
+        """
         began = time.perf_counter()
         conversation, chosen = as_messages(messages), make_sampling({"temperature": 0.0, **sampling})
         query, hits = self.retrieve(conversation)
         limit = self.context - min(chosen.max_tokens, self.context // 4)
-        block, asked = lay_out(
+        block, shown = lay_out(
             conversation, [h.document for h in hits], self.tokenizer, limit, self.document_tokens, self.order
         )
-        if query and not block.documents:
-            yield NOTHING_FOUND
-            nothing = Answer((Sentence(NOTHING_FOUND, ()),), True, ())
-            return GroundedAnswer(NOTHING_FOUND, nothing, (), (), query, time.perf_counter() - began)
-        completion = yield from self._stream(asked, limit, len(block.documents), chosen)
-        answer = parse(completion.ids, self.tokenizer, len(block.documents))
-        found = tuple(self._support(answer, block, asked))
-        seconds = time.perf_counter() - began
-        return GroundedAnswer(completion.text, answer, block.documents, found, query, seconds, completion)
+        found = bool(block.documents) or not query
+        ids = self.tokenizer.render_prompt({"messages": shown}, limit).ids if found else []
+        return Asked(shown, ids, chosen, block, query, began)
 
-    def _stream(
-        self, messages: list[dict[str, Any]], limit: int, n_documents: int, sampling: Sampling
-    ) -> Generator[str, None, Completion]:
-        ids = self.tokenizer.render_prompt({"messages": messages}, limit).ids
-        engine = Engine(self.model, self.tokenizer, decoder=partial(CitationStream, self.tokenizer, n_documents))
-        return (yield from engine.stream(ids, sampling, self.cache if self.cache.max_bytes else None))
+    def decoder(self, asked: Asked) -> Callable[[], CitationStream]:
+        """Makes what turns the model's tokens into text with citations."""
+        return partial(CitationStream, self.tokenizer, len(asked.block.documents))
+
+    def finish(self, asked: Asked, completion: Completion | None = None) -> GroundedAnswer:
+        """The answer, of what the model said; None: it was not asked, for nothing was found."""
+        if completion is None:
+            nothing = Answer((Sentence(NOTHING_FOUND, ()),), True, ())
+            return GroundedAnswer(NOTHING_FOUND, nothing, (), (), asked.query, time.perf_counter() - asked.began)
+        documents = asked.block.documents
+        answer = parse(completion.ids, self.tokenizer, len(documents))
+        found = tuple(self._support(answer, asked.block, asked.messages))
+        seconds = time.perf_counter() - asked.began
+        return GroundedAnswer(completion.text, answer, documents, found, asked.query, seconds, completion)
 
     def _support(self, answer: Answer, block: Block, messages: list[dict[str, Any]]) -> list[Support]:
         if not block.documents or answer.abstained:
