@@ -3,8 +3,9 @@
     <|bos|> [<|system_start|> ... <|system_end|>] <|user_start|> ... <|user_end|> <|assistant_start|> ...
 
 A message stands between the start and end token of its role (`ROLES`), a part inside it between those of its type
-(`PARTS`). The loss mask is 1 on what the assistant has to produce (its text, code, tool calls, searches, citations,
-abstention, its end) and 0 on all the rest. Knows no vocabulary: text becomes ids through the two functions passed in.
+(`PARTS`); the result of a search holds the documents that it brought (`documents`: parts) behind its text. The loss
+mask is 1 on what the assistant has to produce (its text, code, tool calls, searches, citations, abstention, its end)
+and 0 on all the rest. Knows no vocabulary: text becomes ids through the two functions passed in.
 """
 
 from __future__ import annotations
@@ -90,6 +91,21 @@ def render(conversation: dict[str, Any], encode: Encode, special: Special, max_t
     return _fit(_messages(conversation), _Vocabulary(encode, special), max_tokens, ends_open=False)
 
 
+def render_parts(
+    content: list[dict[str, Any]], encode: Encode, special: Special, max_tokens: int | None = None
+) -> Rendered:
+    """Ids and mask of parts of an assistant's message, without the tokens around it: as they stand inside of it.
+    Texts are shortened as `render` does; special tokens alone may be more than `max_tokens`. Raises UsageError for what
+    is no part."""
+    vocabulary = _Vocabulary(encode, special)
+    pieces = _part_pieces(_parts(content, ROLES["assistant"][1], "the parts"), vocabulary, True)
+    total = _length(pieces)
+    if max_tokens is not None and total > max_tokens:
+        pieces = _shorten(pieces, max_tokens)
+    ids = [i for piece in pieces for i in piece.ids]
+    return Rendered(ids, [int(piece.produced) for piece in pieces for _ in piece.ids], 0, total - len(ids))
+
+
 def render_prompt(
     conversation: dict[str, Any], encode: Encode, special: Special, max_tokens: int | None = None
 ) -> Rendered:
@@ -121,8 +137,14 @@ class _Vocabulary(NamedTuple):
 def _lay_out(message: dict[str, Any], index: int, vocabulary: _Vocabulary) -> list[_Piece]:
     name, allowed = ROLES[message["role"]]
     speaks = message["role"] == "assistant"
-    pieces = [vocabulary.mark(f"{name}_start")]
-    for part in _parts(message["content"], allowed, f"message {index} ({message['role']})"):
+    parts = _parts(message["content"], allowed, f"message {index} ({message['role']})")
+    inside = _part_pieces(parts, vocabulary, speaks)
+    return [vocabulary.mark(f"{name}_start"), *inside, vocabulary.mark(f"{name}_end", speaks)]
+
+
+def _part_pieces(parts: list[dict[str, Any]], vocabulary: _Vocabulary, speaks: bool) -> list[_Piece]:
+    pieces: list[_Piece] = []
+    for part in parts:
         start, end, producible = PARTS[part["type"]]
         produced = speaks and producible
         if start:
@@ -130,9 +152,11 @@ def _lay_out(message: dict[str, Any], index: int, vocabulary: _Vocabulary) -> li
         if part["type"] == "document":
             pieces += [vocabulary.text(part.get("title", "")), vocabulary.mark("doc_title_end")]
         pieces.append(vocabulary.text(part["text"], produced))
+        if part.get("documents"):
+            pieces += _part_pieces(part["documents"], vocabulary, False)
         if end:
             pieces.append(vocabulary.mark(end, produced))
-    return [*pieces, vocabulary.mark(f"{name}_end", speaks)]
+    return pieces
 
 
 # ---- too long
@@ -233,4 +257,8 @@ def _parts(content: Any, allowed: tuple[str, ...], where: str) -> list[dict[str,
             raise UsageError(f"{where}, part {j}: cannot hold {kind!r} here, only {', '.join(allowed)}")
         if not isinstance(part.get("text"), str) or not isinstance(part.get("title", ""), str):
             raise UsageError(f"{where}, part {j}: text (and title) must be strings")
+        if "documents" in part:
+            if kind != "result" or not isinstance(part["documents"], list):
+                raise UsageError(f"{where}, part {j}: only a result holds documents, and they must be a list")
+            _parts(part["documents"], ("document",), f"{where}, part {j}")
     return content

@@ -23,7 +23,7 @@ import numpy as np
 import rustbpe
 import tiktoken
 
-from nanochat.conversation import SPECIAL_TOKENS, Rendered, render, render_prompt
+from nanochat.conversation import SPECIAL_TOKENS, Rendered, render, render_parts, render_prompt
 from nanochat.errors import NanochatError, UsageError
 
 log = logging.getLogger("nanochat")
@@ -252,6 +252,10 @@ class Tokenizer:
     def render_prompt(self, conversation: dict[str, Any], max_tokens: int | None = None) -> Rendered:
         """Ids that end with <|assistant_start|>, for generation. See `nanochat.conversation.render_prompt`."""
         return render_prompt(conversation, self.encode, self.special, max_tokens)
+
+    def render_parts(self, parts: list[dict[str, Any]], max_tokens: int | None = None) -> Rendered:
+        """Ids of parts inside of an assistant's message. See `nanochat.conversation.render_parts`."""
+        return render_parts(parts, self.encode, self.special, max_tokens)
 
 
 class StreamDecoder:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -61,8 +61,26 @@ class Row:
     text: list[str] = field(default_factory=list)
     finish_reason: str = ""
 
+    @property
+    def active(self) -> bool:
+        return not self.finish_reason
+
     def completion(self) -> Completion:
         return Completion(self.ids, "".join(self.text), self.logprobs, self.finish_reason)
+
+
+class Decoding(Protocol):
+    """What a batch needs to know of a row."""
+
+    budget: int
+    random: Stream
+
+    @property
+    def active(self) -> bool:
+        """Whether the row takes part in the next step."""
+
+
+AnyRow = TypeVar("AnyRow", bound=Decoding)
 
 
 def prefill(
@@ -131,17 +149,17 @@ def decode(model: LM, ids: Sequence[int], states: list[State]) -> Tensor:
     return model(torch.tensor(ids, device=model.device)[:, None], states)[:, 0]
 
 
-class Batch:
+class Batch(Generic[AnyRow]):
     """Rows that decode together. `hidden_BD` is what the model made of each row's latest token."""
 
     def __init__(self, model: LM) -> None:
         self.model = model
-        self.rows: list[Row] = []
+        self.rows: list[AnyRow] = []
         self.states: list[State] = []
         self.hidden_BD = torch.empty(0)
 
     @torch.no_grad()
-    def admit(self, rows: Sequence[Row], prompts: Sequence[Prompt], n: int, prefixes: PrefixCache | None) -> None:
+    def admit(self, rows: Sequence[AnyRow], prompts: Sequence[Prompt], n: int, prefixes: PrefixCache | None) -> None:
         """Prefill each prompt once, from the longest beginning that `prefixes` holds, and let `n` rows go on from
         it."""
         room = max(row.budget for row in rows) if n == 1 else 0
@@ -152,9 +170,17 @@ class Batch:
         if n > 1:
             states, hidden_BD = cache.fork(states, n), hidden_BD.repeat_interleave(n, dim=0)
             cache.reserve(states, max(row.budget for row in rows))
+        self.join(rows, states, hidden_BD)
+
+    def join(self, rows: Sequence[AnyRow], states: list[State], hidden_BD: Tensor) -> None:
+        """Rows that were read elsewhere go on here."""
         if self.rows:
             states, hidden_BD = cache.join([self.states, states]), torch.cat((self.hidden_BD, hidden_BD))
         self.rows, self.states, self.hidden_BD = [*self.rows, *rows], states, hidden_BD
+
+    def take(self, i: int) -> list[State]:
+        """A copy of the states of row i, as one row."""
+        return [state.map(lambda x: x[i : i + 1].clone()) for state in self.states]
 
     @torch.no_grad()
     def sample(self, sampling: Sampling) -> tuple[list[int], list[float]]:
@@ -163,14 +189,22 @@ class Batch:
 
     @torch.no_grad()
     def step(self, ids: Sequence[int]) -> None:
-        """Feed each row its token; rows that ended leave first."""
-        alive = [i for i, row in enumerate(self.rows) if not row.finish_reason]
+        """Feed each row its token; rows that are not active any more leave first."""
+        alive = [i for i, row in enumerate(self.rows) if row.active]
         if len(alive) < len(self.rows):
             self.rows = [self.rows[i] for i in alive]
             if not alive:
                 return
             cache.select(self.states, alive)
         self.hidden_BD = decode(self.model, [ids[i] for i in alive], self.states)
+
+
+def n_fresh(n_waiting: int, n_rows: int, n: int, max_rows: int) -> int:
+    """How many prompts of `n` rows each to admit now. Not one by one: joining copies the states of all rows."""
+    if n_rows == 0:
+        return min(n_waiting, max(1, max_rows // n))
+    n_free = (max_rows - n_rows) // n
+    return min(n_waiting, n_free) if n_free >= min(n_waiting, max(1, max_rows // (4 * n))) else 0
 
 
 class Engine:
@@ -261,23 +295,16 @@ class Engine:
             elif len(boundaries) != len(prompts):
                 raise UsageError(f"{len(boundaries)} lists of boundaries for {len(prompts)} prompts; give one for each")
         waiting = deque(range(len(prompts)))
-        batch = Batch(self.model)
+        batch: Batch[Row] = Batch(self.model)
         while waiting or batch.rows:
-            n_fresh = self._n_fresh(len(waiting), len(batch.rows), n)
-            if n_fresh:
-                fresh = [waiting.popleft() for _ in range(n_fresh)]
+            n_admitted = n_fresh(len(waiting), len(batch.rows), n, self.max_rows)
+            if n_admitted:
+                fresh = [waiting.popleft() for _ in range(n_admitted)]
                 rows = [self._row(i * n + j, j, prompts[i], sampling) for i in fresh for j in range(n)]
                 batch.admit(rows, [Prompt(prompts[i], boundaries[i] if boundaries else ()) for i in fresh], n, prefixes)
             ids, logprobs = batch.sample(sampling)
             yield [(row, self._advance(row, i, logprob)) for row, i, logprob in zip(batch.rows, ids, logprobs)]
             batch.step(ids)
-
-    def _n_fresh(self, n_waiting: int, n_rows: int, n: int) -> int:
-        """How many prompts to admit now. Not one by one: joining copies the states of all rows."""
-        if n_rows == 0:
-            return min(n_waiting, max(1, self.max_rows // n))
-        n_free = (self.max_rows - n_rows) // n
-        return min(n_waiting, n_free) if n_free >= min(n_waiting, max(1, self.max_rows // (4 * n))) else 0
 
     def _row(self, number: int, nth: int, prompt: Sequence[int], sampling: Sampling) -> Row:
         # The last token sampled is not fed back, so it needs no place in the context.
