@@ -1,0 +1,70 @@
+"""What the Triton kernels share. Imports Triton: only the files `triton_*.py` import this one, and they only at need.
+
+Without a GPU the kernels run in Triton's interpreter: set TRITON_INTERPRET=1 before the first of them is imported.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanochat.errors import UsageError
+
+INTERPRET: bool = bool(triton.knobs.runtime.interpret)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Start `kernel` on the device of its first tensor; UsageError for a CPU tensor outside of the interpreter."""
+    device = next(x for x in args if isinstance(x, Tensor)).device
+    if device.type == "cpu":
+        if not INTERPRET:
+            raise UsageError("a Triton kernel was given a CPU tensor: it needs a GPU, or TRITON_INTERPRET=1 (very slow)")
+        kernel[grid](*args, **options)
+        return
+    with torch.cuda.device(device):
+        kernel[grid](*args, **options)
+
+
+def packed(x: Tensor) -> Tensor:
+    """x, copied only when the dimensions behind the second (batch, time) do not lie densely in memory."""
+    size = 1
+    for n, stride in zip(reversed(x.shape[2:]), reversed(x.stride()[2:])):
+        if n > 1 and stride != size:
+            return x.contiguous()
+        size *= n
+    return x
+
+
+def power_of_2(n: int, least: int = 16) -> int:
+    """The smallest power of 2 that is at least n, and at least `least` (16: what a matrix product takes)."""
+    return max(least, 1 << max(0, n - 1).bit_length())
+
+
+def precision() -> str:
+    """How `tl.dot` multiplies float32: as exactly as torch has been told to (`torch.set_float32_matmul_precision`)."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)) without overflow."""
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0, 1.0, e) / (1.0 + e)
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)) to all digits of float32, also where the result is tiny: no approximate logarithm near 1.
+
+    log1p(e) = 2 atanh(s) with s = e / (2 + e); here e = exp(-|x|) <= 1, so s <= 1/3 and eight terms are enough.
+    """
+    e = tl.exp(-tl.abs(x))
+    s = e / (2.0 + e)
+    q = s * s
+    tail = 1.0 / 13 + q * (1.0 / 15)
+    tail = 1.0 / 7 + q * (1.0 / 9 + q * (1.0 / 11 + q * tail))
+    tail = 1.0 + q * (1.0 / 3 + q * (1.0 / 5 + q * tail))
+    return tl.maximum(x, 0.0) + 2.0 * s * tail
