@@ -21,7 +21,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     device = next(x for x in args if isinstance(x, Tensor)).device
     if device.type == "cpu":
         if not INTERPRET:
-            raise UsageError("a Triton kernel was given a CPU tensor: it needs a GPU, or TRITON_INTERPRET=1 (very slow)")
+            raise UsageError("a Triton kernel was given a CPU tensor: it needs a GPU, or TRITON_INTERPRET=1 (slow)")
         kernel[grid](*args, **options)
         return
     with torch.cuda.device(device):
