@@ -128,6 +128,7 @@ class _Row:
     tool: Tool | None = None  # the one whose call is open
     opened: int = 0  # where in ids its text begins
     n_sampled: int = 0
+    calls_left: int = 0
     paused: bool = False
     finish_reason: str = ""
     error: str = ""
@@ -202,6 +203,7 @@ class _Runner:
         # The last token sampled is not fed back, so it needs no place in the context.
         budget = min(self.sampling.max_tokens, self.context - len(prompt) + 1)
         row = _Row(number, of_prompt, list(prompt), budget, Stream(self.sampling.seed, nth))
+        row.calls_left = self.limits.max_calls
         if not prompt:
             row.end("error", "the prompt is empty; it needs at least one token")
         elif len(prompt) > self.context:
@@ -243,7 +245,7 @@ class _Runner:
         batch = self.batch
         logits_BV = self.model.logits(batch.hidden_BD)
         if self.limits.at_limit == "forbid" and self.tools:
-            full = [i for i, row in enumerate(batch.rows) if len(row.calls) >= self.limits.max_calls]
+            full = [i for i, row in enumerate(batch.rows) if not row.calls_left]
             for start in self.tools:
                 logits_BV[full, start] = -torch.inf
         return sample(logits_BV, self.sampling, [row.random for row in batch.rows])
@@ -254,7 +256,7 @@ class _Runner:
             return row.end("stop")
         if row.tool is None:
             if token in self.tools:
-                if len(row.calls) >= self.limits.max_calls:
+                if not row.calls_left:
                     return row.end("calls")
                 row.tool, row.opened = self.tools[token], len(row.ids)
         elif token == self.tokenizer.special(row.tool.end):
@@ -304,6 +306,7 @@ class _Runner:
                 if isinstance(answer, str):
                     row.end("error", answer)
                     continue
+                row.calls_left = 0 if answer.last else row.calls_left - 1
                 found[i] = self.tokenizer.render_parts(answer.parts, request.max_tokens).ids
                 row.calls.append(Call(len(row.ids), request.text, answer.value, len(found[i]), tool.name, seconds))
         return found

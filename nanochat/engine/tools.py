@@ -35,11 +35,12 @@ class Request(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What comes back: parts for the model to read (of types that the assistant does not produce), and a value for
-    whoever looks at the rollout."""
+    """What comes back: parts for the model to read (of types that the assistant does not produce), a value for whoever
+    looks at the rollout, and whether this was the row's last call: it gets no more, as if it had reached max_calls."""
 
     parts: list[dict[str, Any]]
     value: Any = None
+    last: bool = False
 
 
 class Tool(Protocol):

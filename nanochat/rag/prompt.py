@@ -58,12 +58,21 @@ def retrieval_message(
     elif order == "shuffled":
         draws, rest = Draws(seed), list(chosen)
         chosen = [rest.pop(draws.below(len(rest))) for _ in range(len(rest))]
-    parts = [
-        {"type": "document", "title": numbered(document.title, n), "text": f" {document.content}"}
-        for n, document in enumerate(chosen, 1)
-    ]
     assert len(chosen) <= before
-    return Block({"role": "retrieval", "content": parts}, tuple(chosen), trimmed, dropped)
+    return Block({"role": "retrieval", "content": document_parts(chosen)}, tuple(chosen), trimmed, dropped)
+
+
+def result_part(documents: Sequence[Document], first: int = 1) -> dict[str, Any]:
+    """What a search of the model's own brought, as a part of its message; numbers count on from `first`."""
+    return {"type": "result", "text": "", "documents": document_parts(documents, first)}
+
+
+def document_parts(documents: Sequence[Document], first: int = 1) -> list[dict[str, Any]]:
+    """Documents as parts of a message, numbered from `first`."""
+    return [
+        {"type": "document", "title": numbered(document.title, n), "text": f" {document.content}"}
+        for n, document in enumerate(documents, first)
+    ]
 
 
 def numbered(title: str, number: int) -> str:
@@ -93,24 +102,31 @@ def _join(pieces: list[Document]) -> Document:
 
 
 def distinct(documents: Sequence[Document]) -> list[Document]:
-    """Without documents that say the same (title and text, whatever the blanks and capitals)."""
+    """Without documents that say the same."""
     seen: dict[str, Document] = {}
     for document in documents:
-        seen.setdefault(" ".join(document.text.lower().split()), document)
+        seen.setdefault(said(document), document)
     return list(seen.values())
+
+
+def said(document: Document) -> str:
+    """Title and text, whatever the blanks and capitals: equal for documents that say the same."""
+    return " ".join(document.text.lower().split())
 
 
 LEAST = 16  # tokens of text that a document keeps
 
 
-def fit(documents: Sequence[Document], tokenizer: Tokenizer, max_tokens: int) -> tuple[list[Document], int, int]:
-    """Documents that fit into `max_tokens` as a block; tokens trimmed; documents dropped.
+def fit(
+    documents: Sequence[Document], tokenizer: Tokenizer, max_tokens: int, first: int = 1
+) -> tuple[list[Document], int, int]:
+    """Documents, numbered from `first`, that fit into `max_tokens` as a block; tokens trimmed; documents dropped.
 
     All texts are cut to one common length, the largest that fits, so that short ones stay whole.
     """
     kept = list(documents)
     texts = [tokenizer.encode(f" {document.content}") for document in kept]
-    fixed = [len(tokenizer.encode(numbered(document.title, n))) + 3 for n, document in enumerate(kept, 1)]
+    fixed = [len(tokenizer.encode(numbered(document.title, n))) + 3 for n, document in enumerate(kept, first)]
     while kept and sum(fixed) + sum(min(LEAST, len(text)) for text in texts) + 2 > max_tokens:
         kept.pop()
         texts.pop()
