@@ -4,6 +4,7 @@ Letters: B batch, T time.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -15,6 +16,19 @@ def resets(segments_BT: Tensor) -> Tensor:
     mask_BT = torch.zeros_like(segments_BT, dtype=torch.bool)
     torch.ne(segments_BT[:, 1:], segments_BT[:, :-1], out=mask_BT[:, 1:])
     return mask_BT
+
+
+def last_document(tail_BKE: Tensor, segments_BT: Tensor) -> Tensor:
+    """The state of a convolution after a row, (B, K - 1, E), with zeros for inputs of other documents than the last.
+
+    Inputs from before the row belong to its first document.
+    """
+    n_tail = tail_BKE.size(1)
+    if not n_tail:
+        return tail_BKE
+    document_BT = resets(segments_BT).cumsum(1)
+    inside_BK = F.pad(document_BT, (n_tail, 0))[:, -n_tail:] == document_BT[:, -1:]
+    return tail_BKE * inside_BK[:, :, None].to(tail_BKE.dtype)
 
 
 def padding(lengths: Tensor, n_time: int) -> Tensor:

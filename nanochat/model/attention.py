@@ -7,7 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from nanochat.errors import UsageError
 from nanochat.kernels.attention import attention
+from nanochat.kernels.segments import resets
 from nanochat.model.config import ModelConfig
 from nanochat.model.layers import Linear, Ragged, Rotary, rms_norm
 from nanochat.model.mixer import Mixer, State
@@ -82,6 +84,35 @@ class KVState(State):
         return start[:, None] + torch.arange(T, device=self.k.device)
 
 
+class CarriedKeys(State):
+    """What one training row hands to the next: the last keys and values, (B, M, G, P) each, before rotation, at the end
+    of M places; and how many of them are of the row's last document."""
+
+    def __init__(self, k: Tensor, v: Tensor, valid: Tensor) -> None:
+        self.k, self.v, self.valid = k, v, valid
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"k": self.k, "v": self.v, "valid": self.valid}
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> CarriedKeys:
+        return CarriedKeys(fn(self.k), fn(self.v), fn(self.valid))
+
+    def restore(self, snapshot: State) -> None:
+        assert isinstance(snapshot, CarriedKeys)
+        self.k, self.v, self.valid = snapshot.k.clone(), snapshot.v.clone(), snapshot.valid.clone()
+
+    def documents(self, segments_BT: Tensor) -> Tensor:
+        """(B, M + T): the documents of the carried places (-1: nothing there) and of the row behind them. The first
+        `valid` are counted on: from now on they are those behind this row."""
+        document_BT = resets(segments_BT).cumsum(1)
+        n_place = self.k.size(1)
+        place = torch.arange(n_place, device=segments_BT.device)
+        before = torch.where(place >= n_place - self.valid[:, None], 0, -1)
+        last = document_BT[:, -1:]
+        self.valid = ((document_BT == last).sum(1) + torch.where(last[:, 0] == 0, self.valid, 0)).clamp(max=n_place)
+        return torch.cat((before, document_BT), 1)
+
+
 class Attention(Mixer):
     """Causal attention with `n_head` query heads over `n_kv_head` key and value heads.
 
@@ -110,15 +141,21 @@ class Attention(Mixer):
         k = torch.zeros(shape, device=device, dtype=dtype)
         return KVState(k, torch.zeros_like(k), [0] * batch)
 
+    def init_carry(self, batch: int, room: int, device: torch.device, dtype: torch.dtype) -> CarriedKeys:
+        room = self.window - 1 if self.window else room  # a query sees itself and so many before it
+        k = torch.zeros((batch, room, self.n_kv, self.P), device=device, dtype=dtype)
+        return CarriedKeys(k, torch.zeros_like(k), torch.zeros(batch, dtype=torch.int64, device=device))
+
     def project(
-        self, x_BTD: Tensor, positions: int | Tensor, n: int, value: Tensor | None
+        self, x_BTD: Tensor, positions: int | Tensor | None, n: int, value: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values; rotated unless `positions` is None."""
         B, T, _ = x_BTD.shape
         qkv = self.qkv(x_BTD).view(B, T, self.n_head + 2 * self.n_kv, self.P)
         qk, v = qkv.split((self.n_head + self.n_kv, self.n_kv), dim=2)
         if self.qk_norm:
             qk = rms_norm(qk, self.eps)
-        if self.rotary is not None:
+        if self.rotary is not None and positions is not None:
             qk = self.rotary(qk, positions, n)
         if value is not None:
             v = v + value.view(B, T, self.n_kv, self.P)
@@ -138,6 +175,10 @@ class Attention(Mixer):
             q, k, v = self.project(x_BTD, 0, T, value_BTC)
             y = attention(q, k, v, segments_BT=segments_BT, window=self.window, scale=self.scale)
             return self.out(y.reshape(B, T, -1))
+        if segments_BT is not None:
+            if not isinstance(state, CarriedKeys):
+                raise UsageError("a KV cache holds one document a row: with segments, rows go on from LM.init_carry")
+            return self.out(self.go_on(x_BTD, state, segments_BT, value_BTC).reshape(B, T, -1))
         assert isinstance(state, KVState)
         if ragged is None:
             y = self.extend(x_BTD, state, value_BTC)
@@ -165,6 +206,22 @@ class Attention(Mixer):
         if past == 0:  # right-padded rows: causality alone keeps real tokens from seeing padding
             return ragged.flat(attention(q, k, v, window=self.window, scale=self.scale))
         return ragged.flat(self.attend(q, state, past + T, start))
+
+    def go_on(self, x_BTD: Tensor, carried: CarriedKeys, segments_BT: Tensor, value: Tensor | None) -> Tensor:
+        """Training rows behind what was carried to them, as Transformer-XL reads (arXiv 1901.02860).
+
+        Carried keys and the row's own are one packed row to the kernel, whose first queries are zeros and whose first
+        outputs are thrown away: it needs no mask, and no other kernel.
+        """
+        M, T = carried.k.size(1), x_BTD.size(1)
+        documents = carried.documents(segments_BT)
+        q, k, v = self.project(x_BTD, None, T, value)
+        q = torch.cat((q.new_zeros(q.size(0), M, *q.shape[2:]), q), 1)
+        k, v = torch.cat((carried.k.to(k.dtype), k), 1), torch.cat((carried.v.to(v.dtype), v), 1)
+        carried.k, carried.v = k[:, T:], v[:, T:]
+        if self.rotary is not None:
+            q, k = self.rotary(q, 0, M + T), self.rotary(k, 0, M + T)
+        return attention(q, k, v, segments_BT=documents, window=self.window, scale=self.scale)[:, M:]
 
     def attend(self, q: Tensor, state: KVState, n_keys: int, start: Tensor | None) -> Tensor:
         """Queries against the cache; without `start` they stand at the end of the first `n_keys` keys of every row."""

@@ -145,6 +145,12 @@ class LM(nn.Module):
         """Empty states, one a layer, for `batch` rows with room for `max_len` tokens."""
         return [b.mixer.init_state(batch, max_len, self.device, self.compute_dtype) for b in self.blocks]  # type: ignore[union-attr,operator]
 
+    def init_carry(self, batch: int, room: int = 0) -> list[State]:
+        """Empty states that `batch` training rows hand to the next ones (see `Mixer.forward`); attention keeps the last
+        `room` tokens (default: a row's), or its window."""
+        room = room or self.config.sequence_len
+        return [b.mixer.init_carry(batch, room, self.device, self.compute_dtype) for b in self.blocks]  # type: ignore[union-attr,operator]
+
     def forward(
         self,
         ids_BT: Tensor,
@@ -154,14 +160,15 @@ class LM(nn.Module):
     ) -> Tensor:
         """Hidden states (B, T, D) after the final norm, in the compute dtype.
 
-        `states` continue each row (and advance); `segments_BT` keeps packed documents apart; `lengths` says that ids
-        are (1, sum(lengths)), rows of different lengths end to end, one for each row of `states`. Raises UsageError for
-        an empty sequence, and for arguments that contradict each other.
+        `states` continue each row (and advance); `segments_BT` keeps packed documents apart, and with both the first
+        document of a row goes on (states of `init_carry`); `lengths` says that ids are (1, sum(lengths)), rows of
+        different lengths end to end, one for each row of `states`. Raises UsageError for an empty sequence, and for
+        arguments that contradict each other.
         """
         if ids_BT.size(1) == 0:
             raise UsageError("the model was given an empty sequence")
-        if segments_BT is not None and states is not None:
-            raise UsageError("segments are for training: a row that goes on from a state is one document")
+        if segments_BT is not None and lengths is not None:
+            raise UsageError("segments are for training, lengths for inference: give one of them")
         if lengths is not None and states is None:
             raise UsageError("lengths need states: without them nothing keeps the rows apart; use segments_BT")
         ragged = lengths if isinstance(lengths, Ragged) or lengths is None else Ragged(lengths, ids_BT.device)
@@ -193,10 +200,17 @@ class LM(nn.Module):
             return out.div_(cap).tanh_().mul_(cap)
         return cap * torch.tanh(out / cap) if cap else out
 
-    def loss(self, inputs: Tensor, targets: Tensor, weights: Tensor, segments: Tensor | None = None) -> Tensor:
-        """sum(weights * nll) in nats over the targets that are not -1; all arguments (B, T). The logits are never held
-        whole."""
-        hidden = self(inputs, segments_BT=segments)
+    def loss(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        segments: Tensor | None = None,
+        states: Sequence[State] | None = None,
+    ) -> Tensor:
+        """sum(weights * nll) in nats over the targets that are not -1; all arguments (B, T). `states`: see `forward`.
+        The logits are never held whole."""
+        hidden = self(inputs, states, segments)
         flat = hidden.reshape(-1, hidden.size(-1))
         return linear_cross_entropy(
             flat, self.head_weight, targets.reshape(-1), weights.reshape(-1), self.config.softcap

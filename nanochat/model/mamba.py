@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nanochat.kernels.conv import causal_conv, causal_conv_step
 from nanochat.kernels.scan import selective_scan, selective_scan_step
-from nanochat.kernels.segments import state_dtype
+from nanochat.kernels.segments import last_document, state_dtype
 from nanochat.model.config import ModelConfig
 from nanochat.model.layers import Linear, Ragged, rms_norm
 from nanochat.model.mixer import Mixer, State
@@ -102,19 +102,21 @@ class Mamba(Mixer):
             y, _ = selective_scan(x, delta, A, B, C, self.D, segments_BT=segments_BT)
             return self.out_proj(y * F.silu(z))
         assert isinstance(state, SSMState)
-        if x.size(1) == 1 and ragged is None:
+        if x.size(1) == 1 and ragged is None and segments_BT is None:
             y = self.step(x[:, 0], A, state)[:, None]
             return self.out_proj(y * F.silu(z))
         lengths = None
         if ragged is not None:
             x, lengths = ragged.pad(x), ragged.tensor
-        x, state.conv = causal_conv(x, self.conv_weight, self.conv_bias, state.conv, lengths=lengths)
+        x, state.conv = causal_conv(x, self.conv_weight, self.conv_bias, state.conv, segments_BT, lengths)
+        if segments_BT is not None:
+            state.conv = last_document(state.conv, segments_BT)
         if ragged is not None:
             x = ragged.flat(x)
         delta, B, C = self.maps(x)
         if ragged is not None:
             x, delta, B, C = (ragged.pad(part) for part in (x, delta, B, C))
-        y, state.h = selective_scan(x, delta, A, B, C, self.D, state.h, lengths=lengths)
+        y, state.h = selective_scan(x, delta, A, B, C, self.D, state.h, segments_BT, lengths)
         return self.out_proj((ragged.flat(y) if ragged is not None else y) * F.silu(z))
 
     def step(self, x_BE: Tensor, A: Tensor, state: SSMState) -> Tensor:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.kernels.conv import causal_conv, causal_conv_step
-from nanochat.kernels.segments import state_dtype
+from nanochat.kernels.segments import last_document, state_dtype
 from nanochat.kernels.ssd import ssd, ssd_step
 from nanochat.model.config import ModelConfig
 from nanochat.model.layers import Linear, Ragged, rms_norm
@@ -70,15 +70,17 @@ class Mamba2(Mixer):
             y, _ = ssd(*self.arguments(xBC, dt, A), segments_BT=segments_BT)
             return self.gate(y.flatten(-2), z)
         assert isinstance(state, SSMState)
-        if xBC.size(1) == 1 and ragged is None:
+        if xBC.size(1) == 1 and ragged is None and segments_BT is None:
             xBC = causal_conv_step(xBC[:, 0], self.conv_weight, self.conv_bias, state.conv)
             y = ssd_step(*self.arguments(xBC, dt[:, 0], A), state.h)
             return self.gate(y.flatten(-2)[:, None], z)
         lengths = None
         if ragged is not None:
             xBC, dt, lengths = ragged.pad(xBC), ragged.pad(dt), ragged.tensor
-        xBC, state.conv = causal_conv(xBC, self.conv_weight, self.conv_bias, state.conv, lengths=lengths)
-        y, state.h = ssd(*self.arguments(xBC, dt, A), state.h, lengths=lengths)
+        xBC, state.conv = causal_conv(xBC, self.conv_weight, self.conv_bias, state.conv, segments_BT, lengths)
+        if segments_BT is not None:
+            state.conv = last_document(state.conv, segments_BT)
+        y, state.h = ssd(*self.arguments(xBC, dt, A), state.h, segments_BT, lengths)
         y = y.flatten(-2)
         return self.gate(ragged.flat(y) if ragged is not None else y, z)
 

@@ -66,11 +66,20 @@ class Mixer(nn.Module, ABC):
     ) -> Tensor:
         """Same shape as x. `segments_BT` numbers documents inside a row (training); `ragged` says that x is (1, N, D):
         rows of different lengths end to end, one per batch row of `state`; `value_BTC` is a value embedding, used by
-        attention only."""
+        attention only.
+
+        With both `state` and `segments_BT` (training on rows that go on where others ended) the first document of each
+        row goes on from a state of `init_carry`, and the state is then that of its last document. Gradients flow
+        through it until it is detached."""
 
     @abstractmethod
     def init_state(self, batch: int, max_len: int, device: torch.device, dtype: torch.dtype) -> State:
         """An empty state for `batch` rows with room for `max_len` tokens; `dtype` is that of the activations."""
+
+    def init_carry(self, batch: int, room: int, device: torch.device, dtype: torch.dtype) -> State:
+        """An empty state that one training row hands to the next; where it grows with the past, it keeps the last
+        `room` tokens."""
+        return self.init_state(batch, 0, device, dtype)
 
     @abstractmethod
     def init_weights(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from nanochat.runtime import Runtime, log
 from nanochat.tasks.registry import open_task
 from nanochat.tasks.task import Mixture, Task
 from nanochat.tokenizer import Tokenizer
+from nanochat.training.carry import Carry
 from nanochat.training.loop import Trainer
 from nanochat.training.settings import BaseSettings, MidSettings, SFTSettings, TrainSettings, check_architecture
 from nanochat.training.supervised import ChatSource, PackedStage
@@ -128,25 +130,39 @@ def train_stage(
     tokenizer: Tokenizer,
     rt: Runtime,
     own_tokens: int,
+    carry: Carry | None = None,
 ) -> dict[str, float]:
-    """Lock the stage directory, train, return the final metrics."""
-    directory = run_dir(settings) / name
+    """Train for as long as the settings say, or until `own_tokens` are read; the final metrics."""
+    check_start_len(settings.start_len, stage.T)
     n_steps, n_micro = horizon(settings, own_tokens, stage.T, rt)
+    size = f"{n_micro * settings.device_batch_size * stage.T * rt.world_size:,} tokens"
+
+    def make(directory: Path) -> Trainer:
+        return Trainer(stage, model, tokenizer, settings, rt, directory, n_steps, n_micro, carry)
+
+    return run_stage(name, settings, model, rt, n_steps, size, make)
+
+
+def run_stage(
+    name: str, settings: TrainSettings, model: LM, rt: Runtime, n_steps: int, size: str, make: Callable[[Path], Trainer]
+) -> dict[str, float]:
+    """Lock the stage directory, make its trainer, train, return the final metrics. size: of a step, for the log."""
+    directory = run_dir(settings) / name
     model.checkpointing = settings.checkpointing
     model.compute_dtype = rt.dtype
     counts = model.n_params()
     log.info(
-        "%s: %s, %.2fM parameters (%.2fM in blocks), %s, %s tokens a step",
+        "%s: %s, %.2fM parameters (%.2fM in blocks), %s, %s a step",
         name, " ".join(model.config.blocks), counts["total"] / 1e6, counts["blocks"] / 1e6,
         f"{settings.max_minutes:g} minutes" if settings.max_minutes else f"{n_steps} steps",
-        f"{n_micro * settings.device_batch_size * stage.T * rt.world_size:,}",
+        size,
     )  # fmt: skip
     with checkpoint.lock(directory) if rt.is_main else contextlib.nullcontext():
         if rt.is_main and not settings.resume:
             for step in checkpoint.steps(directory):
                 shutil.rmtree(directory / f"step_{step:06d}")
         runtime.barrier()  # no rank looks for a checkpoint before
-        return Trainer(stage, model, tokenizer, settings, rt, directory, n_steps, n_micro).run()
+        return make(directory).run()
 
 
 def train_base(settings: BaseSettings) -> dict[str, float]:
@@ -161,10 +177,12 @@ def train_base(settings: BaseSettings) -> dict[str, float]:
     stage = PackedStage(
         {"text": (TextSource(corpus, tokenizer, "train"), 1.0, True)},
         {"text": (TextSource(corpus, tokenizer, "val"), True)},
-        tokenizer, rt, **stage_options(settings, model),
+        tokenizer, rt, **stage_options(settings, model), in_order=settings.carry_state,
     )  # fmt: skip
     own = round(settings.tokens_per_param * model.n_params()["blocks"])
-    return train_stage("base", settings, stage, model, tokenizer, rt, own)
+    model.compute_dtype = rt.dtype
+    carry = Carry(model, settings.device_batch_size, tokenizer.bos) if settings.carry_state else None
+    return train_stage("base", settings, stage, model, tokenizer, rt, own, carry)
 
 
 def train_mid(settings: MidSettings) -> dict[str, float]:
@@ -215,13 +233,19 @@ def train_on_tasks(
     return train_stage(name, settings, stage, model, tokenizer, rt, round(chat_tokens / train["chat"][1]))
 
 
-def stage_options(settings: TrainSettings, model: LM) -> dict[str, int]:
+def stage_options(settings: TrainSettings, model: LM) -> dict[str, Any]:
     return {
         "rows": settings.device_batch_size,
         "sequence_len": model.config.sequence_len,
         "n_lanes": settings.n_lanes,
         "eval_tokens": settings.eval_tokens,
     }
+
+
+def check_start_len(start_len: int, T: int) -> None:
+    """Raises UsageError unless doubling leads from the first length to the rows' own."""
+    if start_len and (T % start_len or (T // start_len).bit_count() != 1):
+        raise UsageError(f"--start_len {start_len}: the rows' {T} tokens must be it times a power of 2")
 
 
 def find_source(settings: TrainSettings) -> Path:

@@ -36,12 +36,18 @@ def _reduce(gradients: list[Tensor]) -> None:
         g.copy_(part.view_as(g))
 
 
+def gather(mine: Any) -> list[Any]:
+    """What each rank has, in the order of ranks."""
+    if not dist.is_initialized():
+        return [mine]
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    return parts
+
+
 def gather_state(state: dict[str, Any]) -> dict[str, Any]:
     """On rank 0 the loader cursors of all ranks as one: each rank knows its own lanes."""
-    if not dist.is_initialized():
-        return state
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, state)
+    parts = gather(state)
     merged = parts[0]
     for other in parts[1:]:
         for name, cursor in other["cursors"].items():

@@ -31,7 +31,9 @@ from nanochat.model.lm import LM
 from nanochat.report import read_log
 from nanochat.runtime import Runtime, all_reduce_sum, log, peak_memory_bytes, rng_state, set_rng_state
 from nanochat.tokenizer import Tokenizer
-from nanochat.training.distributed import gather_state, reduce_gradients
+from nanochat.training.carry import Carry, carried_rows
+from nanochat.training.curriculum import cut, length_at
+from nanochat.training.distributed import gather, gather_state, reduce_gradients
 from nanochat.training.optim import Optimizers, Rates, learning_rate_factor, momentum_at
 from nanochat.training.settings import TrainSettings
 from nanochat.training.supervised import Stage, describe, to_device
@@ -131,10 +133,11 @@ class Trainer:
         directory: Path,
         n_steps: int,
         n_micro: int,
+        carry: Carry | None = None,
     ) -> None:
         self.stage, self.model, self.tokenizer = stage, model, tokenizer
         self.settings, self.runtime, self.directory = settings, runtime, directory
-        self.n_steps, self.n_micro = n_steps, n_micro
+        self.n_steps, self.n_micro, self.carry = n_steps, n_micro, carry
         s = settings.lr_scale
         rates = Rates(
             matrix=settings.matrix_lr * s,
@@ -152,6 +155,9 @@ class Trainer:
 
     def compiled(self) -> Any:
         """The function (batch) -> sum(weights * nll), compiled where that pays: on CUDA; on a CPU it takes a minute."""
+        if self.carry is not None:  # states change from batch to batch
+            log.info("torch.compile: off (--carry_state)")
+            return self.carry.loss
         on = self.settings.compile == "on" or (self.settings.compile == "auto" and self.runtime.device.type == "cuda")
         log.info("torch.compile: %s (--compile %s)", "on" if on else "off", self.settings.compile)
         if not on:
@@ -211,11 +217,14 @@ class Trainer:
         factor = learning_rate_factor(share, s.warmup, s.warmdown, s.final_lr)
         self.optimizers.schedule(factor, momentum_at(share, 0.95))
         micro = [next(batches) for _ in range(self.n_micro)]
+        if s.start_len:
+            length = length_at(share, s.start_len, micro[0].inputs.size(1), s.grow_share)
+            micro = [cut(batch, length) for batch in micro]
         valid = all_reduce_sum(sum(int((b.targets != IGNORED).sum()) for b in micro))
         total = torch.zeros((), dtype=torch.float64)
         for index, batch in enumerate(micro):
             moved = to_device(batch, self.runtime.device)
-            loss = self.loss_of(moved.inputs, moved.targets, moved.weights, moved.segments) / max(1, valid)
+            loss = self.loss(moved) / max(1, valid)
             self.scaler.scale(loss).backward()
             value = float(loss.detach())
             if not math.isfinite(value):
@@ -232,6 +241,10 @@ class Trainer:
         old = self.progress.smooth_loss
         self.progress.smooth_loss = loss_value if old is None else 0.9 * old + 0.1 * loss_value
         self.last = {"loss": loss_value, "grad_norm": norm, "lr_factor": factor, "seconds": seconds}
+
+    def loss(self, batch: Batch) -> Any:
+        """sum(weights * nll) of a micro-batch."""
+        return self.loss_of(batch.inputs, batch.targets, batch.weights, batch.segments)
 
     def update(self, micro: list[Batch]) -> float:
         """Reduce over ranks, clip, step both optimizers. Returns the norm of the gradient before clipping."""
@@ -312,11 +325,13 @@ class Trainer:
     def save(self) -> None:
         """Model, optimizer, RNG and loader cursor, atomically. Collective: every rank calls it, rank 0 writes."""
         cursor = gather_state(self.stage.state_dict())
+        carried = None if self.carry is None else carried_rows(gather(self.carry.state_dict()))
         if self.runtime.rank:
             return
         p = self.progress
         state = {
             "cursor": cursor,
+            "carry": carried,
             "rng": rng_state(),
             "scaler": self.scaler.state_dict(),
             "seconds": p.seconds,
@@ -346,6 +361,8 @@ class Trainer:
         self.model.load_state_dict(saved.tensors["model"])
         self.optimizers.load_state_dict(saved.tensors["optim"])
         self.stage.load_state_dict(state["cursor"])
+        if self.carry is not None and state.get("carry"):
+            self.carry.load_state_dict(state["carry"], self.runtime.rank, self.runtime.world_size)
         self.scaler.load_state_dict(state["scaler"]) if self.scaler.is_enabled() else None
         set_rng_state(state["rng"])
         p = self.progress

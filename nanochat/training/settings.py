@@ -45,6 +45,11 @@ class TrainSettings:
     checkpointing: bool = False
     """recompute activations in the backward pass: less memory, slower"""
 
+    start_len: int = 0
+    """tokens a row at the start, doubled step by step until they are sequence_len (0: sequence_len throughout)"""
+    grow_share: float = 0.5
+    """share of the run after which rows have their full length, with --start_len"""
+
     matrix_lr: float = 0.02
     """learning rate of Muon (matrices)"""
     embedding_lr: float = 0.3
@@ -157,11 +162,11 @@ class TrainSettings:
                 raise UsageError(f"--{flag} {getattr(self, flag)}: must be at least 1")
         for flag in (
             "total_batch_size", "num_iterations", "target_tokens", "eval_every", "save_every", "clip", "max_minutes",
-            "seed", "lr_scale", "matrix_lr", "embedding_lr", "head_lr", "small_lr", "weight_decay",
+            "seed", "start_len", "lr_scale", "matrix_lr", "embedding_lr", "head_lr", "small_lr", "weight_decay",
         ):  # fmt: skip
             if not getattr(self, flag) >= 0:  # nan neither
                 raise UsageError(f"--{flag} {getattr(self, flag)}: must not be negative")
-        for flag in ("warmup", "warmdown", "final_lr"):
+        for flag in ("warmup", "warmdown", "final_lr", "grow_share"):
             if not 0 <= getattr(self, flag) <= 1:
                 raise UsageError(f"--{flag} {getattr(self, flag)}: must be between 0 and 1")
         for flag, allowed in (("compile", ("auto", "on", "off")), ("wandb", ("off", "offline", "online"))):
@@ -197,6 +202,14 @@ class BaseSettings(TrainSettings):
     """where text comes from: world:… (the tiny world), a directory or file of txt, jsonl or parquet, or climbmix"""
     tokens_per_param: float = 20.0
     """training tokens per parameter of the blocks, when no number of steps or tokens is given"""
+    carry_state: bool = False
+    """a document longer than a row goes on in the next one from the state behind it (truncated backpropagation)"""
+
+    def check(self) -> None:
+        super().check()
+        if self.carry_state and (self.start_len or self.checkpointing):
+            other = "start_len" if self.start_len else "checkpointing"
+            raise UsageError(f"--carry_state and --{other} exclude each other: leave one out")
 
 
 @dataclass(frozen=True)

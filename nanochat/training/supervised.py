@@ -71,15 +71,23 @@ class PackedStage:
         sequence_len: int,
         n_lanes: int,
         eval_tokens: int,
+        in_order: bool = False,
     ) -> None:
+        """in_order: every row of a batch is a lane of its own, and reads its documents one after the other, each going
+        on in the next row where it did not end (instead of rows packed from the pieces that fit best)."""
+        if in_order:
+            n_lanes = rows * runtime.world_size
+        options = {"buffer_size": 1} if in_order else {}
         self.tokenizer, self.runtime, self.rows, self.T = tokenizer, runtime, rows, sequence_len
         self.val, self.eval_tokens = val, eval_tokens
         self.shares = {name: share for name, (_, share, _) in train.items()}
-        self.packers = {name: self.packer(source, split, n_lanes) for name, (source, _, split) in train.items()}
+        self.packers = {
+            name: self.packer(source, split, n_lanes, **options) for name, (source, _, split) in train.items()
+        }
         self.taken = dict.fromkeys(train, 0)
         self.threads: dict[str, Background] = {}
 
-    def packer(self, source: Source, split: bool, n_lanes: int, epochs: int | None = None) -> Packer:
+    def packer(self, source: Source, split: bool, n_lanes: int, **options: Any) -> Packer:
         return Packer(
             source,
             self.T,
@@ -88,7 +96,7 @@ class PackedStage:
             n_lanes=n_lanes,
             rank=self.runtime.rank,
             world_size=self.runtime.world_size,
-            epochs=epochs,
+            **options,
         )
 
     def batches(self, split: str) -> Iterator[Batch]:
@@ -180,5 +188,5 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     if device.type == "cpu":
         return batch
     if device.type == "cuda":
-        return Batch(*(x.pin_memory().to(device, non_blocking=True) for x in batch))
-    return Batch(*(x.to(device) for x in batch))
+        return type(batch)(*(x.pin_memory().to(device, non_blocking=True) for x in batch))
+    return type(batch)(*(x.to(device) for x in batch))
