@@ -22,6 +22,7 @@ from nanochat.kernels.dispatch import choose
 from nanochat.kernels.segments import padding, resets, state_dtype
 
 CHUNK = 64
+TRITON_WIDTH, TRITON_STATE = 128, 256  # the largest head and state whose tiles a GPU's shared memory holds
 BLOCK = 1 << 18  # elements of the (Q, Q) decays of a few rows that stay in a CPU's cache
 
 
@@ -43,7 +44,9 @@ def ssd(
     one. `lengths` (B,): rows are right-padded, the returned state is the one after token `lengths - 1`.
     Returns `y_BTHP` in x's dtype and the state in float32 (float64 for float64 inputs).
     """
-    op = choose("ssd", SSD, "chunked")
+    wide = x_BTHP.shape[3] > TRITON_WIDTH or B_BTGN.shape[3] > TRITON_STATE
+    unfit = f"heads wider than {TRITON_WIDTH} or more than {TRITON_STATE} states" if wide else ""
+    op = choose("ssd", SSD, "chunked", x_BTHP, unfit)
     return op(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, state_BHPN, segments_BT, lengths)
 
 
@@ -96,7 +99,7 @@ def ssd_step(
     return y.addcmul_(x, D_H.to(dtype)[:, None]).to(x_BHP.dtype)
 
 
-def _ssd_chunked(
+def _prepare(
     x_BTHP: Tensor,
     dt_BTH: Tensor,
     A_H: Tensor,
@@ -106,7 +109,8 @@ def _ssd_chunked(
     state_BHPN: Tensor | None = None,
     segments_BT: Tensor | None = None,
     lengths: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """The inputs with padding as steps of 0, a state, and instead of segments how many resets lie before each token."""
     dtype = state_dtype(x_BTHP.dtype)
     n_batch, n_time, n_head, n_width = x_BTHP.shape
     dt_BTH = dt_BTH.to(dtype)
@@ -115,7 +119,17 @@ def _ssd_chunked(
     if state_BHPN is None:
         state_BHPN = dt_BTH.new_zeros(n_batch, n_head, n_width, B_BTGN.shape[3])
     document_BT = None if segments_BT is None else resets(segments_BT).cumsum(1)
-    return _ChunkedSSD.apply(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, state_BHPN, document_BT)
+    return x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, state_BHPN, document_BT
+
+
+def _ssd_chunked(*inputs: Any) -> tuple[Tensor, Tensor]:
+    return _ChunkedSSD.apply(*_prepare(*inputs))
+
+
+def _ssd_triton(*inputs: Any) -> tuple[Tensor, Tensor]:
+    from nanochat.kernels import triton_ssd
+
+    return triton_ssd.ssd(*_prepare(*inputs))
 
 
 class _Decays(NamedTuple):
@@ -322,4 +336,4 @@ def _row_blocks(x_BTHP: Tensor) -> list[slice]:
     return [slice(i, i + step) for i in range(0, n_batch, step)]
 
 
-SSD = {"chunked": _ssd_chunked, "ref": ssd_ref}
+SSD = {"chunked": _ssd_chunked, "triton": _ssd_triton, "ref": ssd_ref}

@@ -3,6 +3,7 @@
 Without a GPU the kernels run in Triton's interpreter: set TRITON_INTERPRET=1 before the first of them is imported.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,6 +47,27 @@ def power_of_2(n: int, least: int = 16) -> int:
 def precision() -> str:
     """How `tl.dot` multiplies float32: as exactly as torch has been told to (`torch.set_float32_matmul_precision`)."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def compare(
+    kernel: Callable[..., Any], oracle: Callable[..., Any], inputs: list[Tensor], tolerance: float, what: str = ""
+) -> None:
+    """What a self-check does: outputs and all gradients of `kernel` against those of `oracle` in float64.
+
+    AssertionError where the relative L2 distance of one of them exceeds the tolerance, or is no number.
+    """
+    given = [x.detach().requires_grad_() for x in inputs]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    found, wanted = kernel(*given), oracle(*exact)
+    if isinstance(wanted, Tensor):
+        found, wanted = (found,), (wanted,)
+    g = torch.Generator().manual_seed(0)
+    directions = [torch.randn(y.shape, generator=g).to(y.device) for y in wanted]
+    found += torch.autograd.grad(found, given, [d.to(y.dtype) for d, y in zip(directions, found)])
+    wanted += torch.autograd.grad(wanted, exact, [d.double() for d in directions])
+    for i, (a, b) in enumerate(zip(found, wanted)):
+        distance = float(((a.double() - b).norm() / b.norm().clamp(min=0.1)).detach())
+        assert distance < tolerance, f"{what} result {i} is off by {distance:.1e}, more than {tolerance:.0e}"
 
 
 @triton.jit
