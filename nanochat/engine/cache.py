@@ -28,6 +28,11 @@ def reserve(states: Sequence[State], n: int) -> None:
         state.reserve(n)
 
 
+def row(states: Sequence[State], i: int) -> list[State]:
+    """One row as a batch of its own that shares its memory: to be read before the batch goes on."""
+    return [state.map(lambda x: x[i : i + 1]) for state in states]
+
+
 def nbytes(states: Sequence[State]) -> int:
     return sum(state.nbytes for state in states)
 

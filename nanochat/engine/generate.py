@@ -9,7 +9,7 @@ Letters: B rows, N tokens of several rows laid end to end, D model width, V voca
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
@@ -180,7 +180,7 @@ class Batch(Generic[AnyRow]):
 
     def take(self, i: int) -> list[State]:
         """A copy of the states of row i, as one row."""
-        return [state.map(lambda x: x[i : i + 1].clone()) for state in self.states]
+        return [state.snapshot() for state in cache.row(self.states, i)]
 
     @torch.no_grad()
     def sample(self, sampling: Sampling) -> tuple[list[int], list[float]]:
@@ -219,7 +219,7 @@ class Engine:
         self,
         model: LM,
         tokenizer: Tokenizer,
-        eos: Sequence[int] | None = None,
+        eos: Collection[int] | None = None,
         max_rows: int = MAX_ROWS,
         skip_special: bool = False,
         decoder: Callable[[], Decoder] | None = None,
@@ -300,19 +300,20 @@ class Engine:
             n_admitted = n_fresh(len(waiting), len(batch.rows), n, self.max_rows)
             if n_admitted:
                 fresh = [waiting.popleft() for _ in range(n_admitted)]
-                rows = [self._row(i * n + j, j, prompts[i], sampling) for i in fresh for j in range(n)]
+                rows = [self.row(i * n + j, j, prompts[i], sampling) for i in fresh for j in range(n)]
                 batch.admit(rows, [Prompt(prompts[i], boundaries[i] if boundaries else ()) for i in fresh], n, prefixes)
             ids, logprobs = batch.sample(sampling)
-            yield [(row, self._advance(row, i, logprob)) for row, i, logprob in zip(batch.rows, ids, logprobs)]
+            yield [(row, self.advance(row, i, logprob)) for row, i, logprob in zip(batch.rows, ids, logprobs)]
             batch.step(ids)
 
-    def _row(self, number: int, nth: int, prompt: Sequence[int], sampling: Sampling) -> Row:
+    def row(self, number: int, nth: int, prompt: Sequence[int], sampling: Sampling) -> Row:
+        """The nth completion of a prompt, before its first token."""
         # The last token sampled is not fed back, so it needs no place in the context.
         budget = min(sampling.max_tokens, self.model.config.sequence_len - len(prompt) + 1)
         decoder = self.decoder() if self.decoder else StreamDecoder(self.tokenizer, self.skip_special)
         return Row(number, budget, Stream(sampling.seed, nth), TextStream(decoder, sampling.stop))
 
-    def _advance(self, row: Row, token: int, logprob: float) -> str:
+    def advance(self, row: Row, token: int, logprob: float) -> str:
         """Give the row its token; the text that this releases. Sets `finish_reason` when the row ends."""
         row.ids.append(token)
         row.logprobs.append(logprob)

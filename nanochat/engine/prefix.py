@@ -204,6 +204,17 @@ def document_boundaries(ids: Sequence[int], tokenizer: Tokenizer, spacing: int =
     return chosen if chosen[-1:] == ends[-1:] else [*chosen, ends[-1]]
 
 
+def message_boundaries(ids: Sequence[int], tokenizer: Tokenizer, spacing: int = 0, start: int = 0) -> list[int]:
+    """Offsets right after messages and documents of a prompt that lie at least `spacing` tokens behind each other, and
+    behind `start`."""
+    ends = {tokenizer.special(f"{name}_end") for name in ("system", "user", "assistant", "retrieval", "doc")}
+    chosen = [start]
+    for i, token in enumerate(ids[start:], start + 1):
+        if token in ends and i - chosen[-1] >= spacing:
+            chosen.append(i)
+    return chosen[1:]
+
+
 _ID = np.dtype(np.int32)
 
 

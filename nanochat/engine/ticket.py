@@ -1,0 +1,173 @@
+"""What goes into the scheduler and what comes out: requests, events, and the ticket that hands them over."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from nanochat.engine.sampling import Sampling
+from nanochat.engine.text import Decoder
+from nanochat.errors import NanochatError
+
+
+class Overloaded(NanochatError):
+    """The queue is full, or the scheduler is shutting down. Try again after `retry_after` seconds."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to generate. `ids`: the prompt."""
+
+    ids: Sequence[int]
+    sampling: Sampling = field(default_factory=Sampling)
+    n: int = 1  # completions of this prompt
+    key: str = ""  # whose request it is: the keys take turns
+    deadline: float | None = None  # seconds from now after which it ends, whatever it has
+    boundaries: Sequence[int] | None = None  # where to take snapshots; None: after messages and documents
+    decoder: Callable[[], Decoder] | None = None  # what turns tokens into text; None: special tokens leave no trace
+    eos: Collection[int] | None = None  # tokens that end it; None: the scheduler's
+    top_logprobs: int = 0  # how many of the most likely tokens to report at each place
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What one completion just got; a token at a time, and at last why it ended."""
+
+    index: int  # which of the n completions
+    text: str  # may be empty: half a character, or the possible beginning of a stop string
+    ids: list[int]
+    logprobs: list[float]  # nats, of `ids`, under the model at temperature 1
+    finish_reason: str  # "" while running; stop, length, cancelled, deadline, error
+    top_logprobs: list[list[tuple[int, float]]]  # for each of `ids`: the most likely tokens, when they were asked for
+
+
+class Usage(NamedTuple):
+    """Tokens. `cached` are those of the prompt that needed no reading."""
+
+    prompt: int
+    cached: int
+    completion: int
+
+
+class Timings(NamedTuple):
+    """Seconds since the request came. None: has not happened."""
+
+    queued: float | None  # until its prompt began to be read
+    first_token: float | None
+    total: float | None  # until all its completions had ended
+
+
+class Ticket:
+    """One request on its way. One consumer iterates over its events, from a thread (`for`) or from asyncio
+    (`async for`); anyone may cancel it. The iteration ends when all completions have ended."""
+
+    def __init__(self, request: Request, wake: Callable[[], None]) -> None:
+        self.request = request
+        self.error: BaseException | None = None  # behind the finish reason `error`
+        self.cached_tokens = self.completion_tokens = 0
+        self.arrived = time.perf_counter()
+        self.read_at: float | None = None
+        self.first_at: float | None = None
+        self.ended_at: float | None = None
+        self._wake = wake
+        self._running = set(range(request.n))
+        self._cancelled = False
+        self._events: deque[Event] = deque()
+        self._changed = threading.Condition()
+        self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
+
+    # ---- the consumer's side
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(len(self.request.ids), self.cached_tokens, self.completion_tokens)
+
+    @property
+    def timings(self) -> Timings:
+        began = self.arrived
+        since = [None if at is None else at - began for at in (self.read_at, self.first_at, self.ended_at)]
+        return Timings(*since)
+
+    @property
+    def done(self) -> bool:
+        """Whether all completions have ended; their events may still wait to be taken."""
+        return not self._running
+
+    def cancel(self) -> None:
+        """End it before the model's next step. What still runs ends with `cancelled`."""
+        self._cancelled = True
+        self._wake()
+
+    def __iter__(self) -> Iterator[Event]:
+        while True:
+            with self._changed:
+                while not self._events:
+                    if not self._running:
+                        return
+                    self._changed.wait()
+                event = self._events.popleft()
+            yield event
+
+    def __aiter__(self) -> AsyncIterator[Event]:
+        return self
+
+    async def __anext__(self) -> Event:
+        while True:
+            with self._changed:
+                if self._events:
+                    return self._events.popleft()
+                if not self._running:
+                    raise StopAsyncIteration
+                loop = asyncio.get_running_loop()
+                future = loop.create_future()
+                self._waiter = (loop, future)
+            await future
+
+    # ---- the scheduler's side
+
+    def stopped(self, now: float) -> str:
+        """Why it must end now: `cancelled`, `deadline`, or nothing."""
+        if self._cancelled:
+            return "cancelled"
+        deadline = self.request.deadline
+        return "deadline" if deadline is not None and now - self.arrived >= deadline else ""
+
+    def emit(self, event: Event) -> None:
+        """Hand an event to the consumer."""
+        self.completion_tokens += len(event.ids)
+        if event.ids and self.first_at is None:
+            self.first_at = time.perf_counter()
+        with self._changed:
+            if event.finish_reason:
+                self._running.discard(event.index)
+                if not self._running:
+                    self.ended_at = time.perf_counter()
+            self._events.append(event)
+            waiter, self._waiter = self._waiter, None
+            self._changed.notify_all()
+        if waiter is not None:
+            loop, future = waiter
+            try:
+                loop.call_soon_threadsafe(_resolve, future)
+            except RuntimeError:  # the loop is closed: nobody listens any more
+                self._cancelled = True
+
+    def end(self, reason: str, error: BaseException | None = None) -> None:
+        """End every completion that still runs."""
+        self.error = self.error or error
+        for index in sorted(self._running):
+            self.emit(Event(index, "", [], [], reason, []))
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
