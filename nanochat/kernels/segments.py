@@ -14,7 +14,7 @@ def resets(segments_BT: Tensor) -> Tensor:
     The row's first token never resets: it continues the document that the initial state comes from.
     """
     mask_BT = torch.zeros_like(segments_BT, dtype=torch.bool)
-    torch.ne(segments_BT[:, 1:], segments_BT[:, :-1], out=mask_BT[:, 1:])
+    mask_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
     return mask_BT
 
 
