@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import string
+from collections import Counter
+from collections.abc import Iterable
 
 ABSTENTION = "I do not know."
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -24,6 +26,15 @@ def contains_answer(prediction: str, gold: str) -> bool:
     """Whether the gold answer's words occur in the prediction in a row, as whole words. An empty gold never does."""
     inner = normalize_answer(gold)
     return bool(inner) and f" {inner} " in f" {normalize_answer(prediction)} "
+
+
+def token_f1(tokens: Iterable[str], gold: Iterable[str]) -> float:
+    """Harmonic mean of precision and recall of the tokens, counted with repetitions; 1 when both are empty."""
+    said, wanted = Counter(tokens), Counter(gold)
+    if not said or not wanted:
+        return float(said == wanted)
+    common = sum((said & wanted).values())
+    return 2 * common / (sum(said.values()) + sum(wanted.values()))
 
 
 def is_abstention(prediction: str) -> bool:

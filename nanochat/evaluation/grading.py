@@ -8,10 +8,9 @@ all contain it. `is_right` accepts a sentence when it contains the gold answer a
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from nanochat.data.answers import contains_answer, exact_match, normalize_answer
+from nanochat.data.answers import contains_answer, exact_match, normalize_answer, token_f1
 from nanochat.retrieval.english import STOP_WORDS
 
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
@@ -117,12 +116,3 @@ def answer_f1(text: str, answers: Sequence[str], question: str = "") -> float:
         added = [token for token in tokens if token in wanted or token not in asked]
         best = max(best, token_f1(tokens, wanted), token_f1(added, wanted))
     return best
-
-
-def token_f1(tokens: Iterable[str], gold: Iterable[str]) -> float:
-    """Harmonic mean of precision and recall of the tokens, counted with repetitions; 1 when both are empty."""
-    said, wanted = Counter(tokens), Counter(gold)
-    if not said or not wanted:
-        return float(said == wanted)
-    common = sum((said & wanted).values())
-    return 2 * common / (sum(said.values()) + sum(wanted.values()))
