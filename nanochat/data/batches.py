@@ -40,6 +40,18 @@ class Batch(NamedTuple):
     segments: Tensor  # int32: document number inside the row
 
 
+class PolicyBatch(NamedTuple):
+    """A micro-batch of what a policy sampled, one rollout a row (training/reinforce.py); all (B, T)."""
+
+    inputs: Tensor  # the first four as in Batch; weights are advantages times `scale`
+    targets: Tensor
+    weights: Tensor
+    segments: Tensor
+    scale: Tensor  # float32: what a token counts in the loss
+    old: Tensor  # float32: negative log-likelihood under the model that sampled it
+    reference: Tensor  # float32: the same under the reference model; (B, 0) without a KL term
+
+
 class Piece(NamedTuple):
     """(input, target) pairs of one document, int32 each, and what the source had to leave out of it."""
 
