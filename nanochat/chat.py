@@ -5,6 +5,7 @@
     for piece in chat.stream_chat([{"role": "user", "content": "Hello!"}], temperature=0.5):
         print(piece, end="", flush=True)
     chat.with_knowledge("kb").chat("Who built it?")      # answers from your documents, with citations
+    chat.read(long_text).save("text.state")              # and later chat.resume("text.state").generate(" It was")
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from nanochat.engine.generate import Completion, Engine
 from nanochat.engine.load import Loaded, load_checkpoint
+from nanochat.engine.reading import Reading
 from nanochat.engine.sampling import make_sampling
 from nanochat.errors import UsageError
 from nanochat.rag.grounded import GroundedChat
@@ -92,6 +94,15 @@ class ChatModel:
     def stream(self, text: str, **sampling: Any) -> Generator[str, None, Completion]:
         """As `generate`, piece by piece; the generator returns the `Completion`."""
         return self.engine.stream(self.tokenizer.encode(text, bos=True), make_sampling(sampling))
+
+    def read(self, text: str) -> Reading:
+        """Read a text of any length; what comes back reads on, generates, and can be saved (see `engine.reading`)."""
+        return Reading(self.engine).read(text)
+
+    def resume(self, path: str | Path) -> Reading:
+        """What `Reading.save` wrote. Raises UsageError when another model wrote it, NanochatError when it is
+        damaged."""
+        return Reading.load(self.engine, path)
 
     def with_knowledge(
         self, knowledge: KnowledgeBase | Searcher | str | Path, mode: str | None = None, **options: Any
