@@ -15,6 +15,7 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+from nanochat.conversation import Rendered
 from nanochat.engine.generate import Completion, Engine
 from nanochat.engine.load import Loaded, load_checkpoint
 from nanochat.engine.reading import Reading
@@ -130,10 +131,7 @@ class ChatModel:
 
     def render(self, messages: Messages, max_tokens: int) -> list[int]:
         """The prompt's ids, cut to leave room for the answer: `max_tokens`, but at most a quarter of the context."""
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
-        limit = self.context - min(max_tokens, self.context // 4)
-        rendered = self.tokenizer.render_prompt({"messages": list(messages)}, limit)
+        rendered = self.lay_out(messages, max_tokens)
         if rendered.dropped_turns:
             log.warning(
                 "the conversation is too long for the context of %d tokens: the oldest %d turn(s) are left out",
@@ -145,6 +143,13 @@ class ChatModel:
                 self.context, rendered.truncated_tokens,
             )  # fmt: skip
         return rendered.ids
+
+    def lay_out(self, messages: Messages, max_tokens: int) -> Rendered:
+        """As `render`, with what was left out, instead of a warning."""
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        limit = self.context - min(max_tokens, self.context // 4)
+        return self.tokenizer.render_prompt({"messages": list(messages)}, limit)
 
 
 def in_mode(knowledge: KnowledgeBase | Searcher, mode: str) -> Searcher:

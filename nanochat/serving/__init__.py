@@ -1,0 +1,1 @@
+"""The inference server: an OpenAI-compatible API, knowledge bases and the chat page. `server.chat_web` starts it."""

@@ -1,0 +1,223 @@
+"""POST /v1/chat/completions: with or without documents, streamed or whole."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import JSONResponse
+
+from nanochat.engine import batching
+from nanochat.engine.batching import Ticket
+from nanochat.engine.prefix import PrefixCache
+from nanochat.engine.sampling import Sampling
+from nanochat.rag.grounded import NOTHING_FOUND, Asked, GroundedAnswer, GroundedChat
+from nanochat.serving import answers
+from nanochat.serving.answers import Choice
+from nanochat.serving.errors import ApiError
+from nanochat.serving.knowledge import citation
+from nanochat.serving.models import Served, Service, client_of, service_of
+from nanochat.serving.schema import ChatRequest, Retrieval
+from nanochat.serving.streams import DONE, EventStream, events, frame, unless_left
+from nanochat.serving.strict import StrictRoute
+
+router = APIRouter(route_class=StrictRoute)
+LEFT = 499  # the client left before the answer; nobody reads this
+
+
+@dataclass
+class Turn:
+    """One request, laid out for its model."""
+
+    served: Served
+    body: ChatRequest
+    ids: list[int]
+    sampling: Sampling
+    grounded: GroundedChat | None = None
+    asked: Asked | None = None
+    dropped_turns: int = 0
+    truncated_tokens: int = 0
+
+    @property
+    def n(self) -> int:
+        return self.body.n or 1
+
+    def request(self, client: str, seconds: float) -> batching.Request:
+        decoder = self.grounded.decoder(self.asked) if self.grounded and self.asked else None
+        return batching.Request(
+            self.ids, self.sampling, self.n, client, seconds,
+            decoder=decoder, top_logprobs=self.body.top_logprobs or 0,
+        )  # fmt: skip
+
+    def logprobs(self, choice: Choice, start: int = 0) -> dict[str, Any] | None:
+        """Of the tokens from `start` on; None where they were not asked for."""
+        if not self.body.logprobs:
+            return None
+        tokenizer = self.served.chat.tokenizer
+        return answers.chat_logprobs(tokenizer, choice.ids[start:], choice.logprobs[start:], choice.top[start:])
+
+    def ground(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        """What the answers rest on."""
+        if self.grounded is None or self.asked is None:
+            return {}
+        finish = partial(self.grounded.finish, self.asked)
+        found = [finish(None if self.asked.nothing_found else choice.completion()) for choice in choices]
+        documents = [citation(n, document) for n, document in enumerate(self.asked.block.documents, 1)]
+        cited = {n for answer in found for n in answer.answer.citations}
+        return {
+            "citations": [document for document in documents if document["n"] in cited],
+            "grounding": [_grounding(answer) for answer in found],
+            "trace": [{"query": self.asked.query, "documents": documents}],
+        }
+
+    def cut(self) -> dict[str, Any]:
+        """What was left out of a conversation that is too long."""
+        if not self.dropped_turns and not self.truncated_tokens:
+            return {}
+        return {"truncated": {"turns": self.dropped_turns, "tokens": self.truncated_tokens}}
+
+
+@router.post("/v1/chat/completions", response_model=None)
+async def create(request: Request, body: ChatRequest, service: Annotated[Service, Depends(service_of)]) -> Response:
+    """An answer to a conversation."""
+    served = service.model(body.model)
+    check_n(body.n or 1, service)
+    turn = await service.run(prepare, served, body, service)
+    if turn.asked is not None and turn.asked.nothing_found:
+        tickets: list[Ticket] = []
+    else:
+        made = turn.request(client_of(request), service.settings.max_seconds)
+        tickets = await service.run(answers.submit, served, [made])
+    if body.stream:
+        return EventStream(stream(service, turn, tickets))
+    record = await unless_left(request, whole(service, turn, tickets))
+    return Response(status_code=LEFT) if record is None else JSONResponse(record)
+
+
+def check_n(n: int, service: Service) -> None:
+    """Raises ApiError for more answers than the server gives."""
+    if n > service.settings.max_n:
+        raise ApiError(400, f"this server gives at most {service.settings.max_n} answers to a request", param="n")
+
+
+def prepare(served: Served, body: ChatRequest, service: Service) -> Turn:
+    """Search and lay out the prompt. Raises ApiError."""
+    if not served.can_chat:
+        raise ApiError(400, "this is a base model, which only continues texts: use /v1/completions", param="model")
+    conversation = body.conversation()
+    sampling = body.sampling(**({"temperature": 0.0} if body.retrieval else {}))
+    rendered = served.chat.lay_out(conversation, sampling.max_tokens)
+    if body.truncation == "disabled" and (rendered.dropped_turns or rendered.truncated_tokens):
+        raise ApiError(
+            400, f"the messages are too long for the model's context of {served.chat.context} tokens, which the answer "
+            "shares", code="context_length_exceeded", param="messages",
+        )  # fmt: skip
+    if body.retrieval is None:
+        return Turn(
+            served, body, rendered.ids, sampling,
+            dropped_turns=rendered.dropped_turns, truncated_tokens=rendered.truncated_tokens,
+        )  # fmt: skip
+    grounded = _grounded(served, body.retrieval, service)
+    asked = grounded.prepare(conversation, **_options(sampling))
+    return Turn(served, body, asked.ids, sampling, grounded, asked)
+
+
+async def whole(service: Service, turn: Turn, tickets: Sequence[Ticket]) -> dict[str, Any]:
+    """The answer in one piece."""
+    choices = [Choice(i) for i in range(turn.n)]
+    try:
+        async for _, event in events(tickets):
+            choices[event.index].add(event)
+    finally:
+        answers.count(service.metrics, turn.served, tickets)
+    if not tickets:
+        _say_nothing_found(choices)
+    found = [
+        {
+            "index": choice.index,
+            "message": {"role": "assistant", "content": "".join(choice.text), "refusal": None},
+            "logprobs": turn.logprobs(choice),
+            "finish_reason": choice.finish_reason,
+        }
+        for choice in choices
+    ]
+    record = answers.head("chatcmpl", "chat.completion", turn.served)
+    record |= {"choices": found, "usage": answers.usage(tickets), "timings": answers.timings(tickets), **turn.cut()}
+    return record | await service.run(turn.ground, choices)
+
+
+async def stream(service: Service, turn: Turn, tickets: Sequence[Ticket]) -> AsyncGenerator[bytes, None]:
+    """The answer piece by piece. The last piece tells usage, citations and the like."""
+    record = answers.head("chatcmpl", "chat.completion.chunk", turn.served)
+    choices = [Choice(i) for i in range(turn.n)]
+
+    def piece(index: int, delta: dict[str, str], reason: str | None = None, logprobs: Any = None) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        return {**record, "choices": [choice]}
+
+    try:
+        for i in range(turn.n):
+            yield frame(piece(i, {"role": "assistant", "content": ""}))
+        running = turn.n
+        async for _, event in events(tickets):
+            choice, start = choices[event.index], len(choices[event.index].ids)
+            choice.add(event)
+            if event.text or (turn.body.logprobs and event.ids):
+                yield frame(piece(event.index, {"content": event.text}, None, turn.logprobs(choice, start)))
+            if choice.finish_reason:
+                running -= 1
+                if running:
+                    yield frame(piece(event.index, {}, choice.finish_reason))
+                else:
+                    last = piece(event.index, {}, choice.finish_reason)
+        if not tickets:
+            _say_nothing_found(choices)
+            for choice in choices:
+                yield frame(piece(choice.index, {"content": NOTHING_FOUND}))
+            for choice in choices[:-1]:
+                yield frame(piece(choice.index, {}, "stop"))
+            last = piece(choices[-1].index, {}, "stop")
+        more = {"timings": answers.timings(tickets), **turn.cut(), **await service.run(turn.ground, choices)}
+        options = turn.body.stream_options
+        if options is not None and options.include_usage:
+            yield frame(last)
+            last = {**record, "choices": [], "usage": answers.usage(tickets)}
+        yield frame(last | more)
+    except ApiError as error:
+        yield frame(error.body)
+    finally:
+        answers.count(service.metrics, turn.served, tickets)
+    yield DONE
+
+
+def _grounded(served: Served, wanted: Retrieval, service: Service) -> GroundedChat:
+    """The model with the knowledge base. Raises ApiError."""
+    if wanted.multi_hop and not served.can_search:
+        raise ApiError(400, "this model was not trained to search", param="retrieval.multi_hop")
+    searcher = service.shelf.searcher(wanted.knowledge_base, wanted.mode)
+    chat = served.chat
+    # the scheduler keeps the states of documents, for all
+    return GroundedChat(chat.model, chat.tokenizer, searcher, top_k=wanted.top_k, cache=PrefixCache(0))
+
+
+def _options(sampling: Sampling) -> dict[str, Any]:
+    return {name: getattr(sampling, name) for name in sampling.__dataclass_fields__}
+
+
+def _grounding(answer: GroundedAnswer) -> dict[str, Any]:
+    """Sentence by sentence: what it cites, and the probability that its documents support it."""
+    scores: list[float | None] = [support.score for support in answer.support]
+    scores += [None] * (len(answer.answer.sentences) - len(scores))  # it abstained: nothing to support
+    sentences = [
+        {"text": sentence.text, "cited": list(sentence.cited), "support": score}
+        for sentence, score in zip(answer.answer.sentences, scores)
+    ]
+    return {"abstained": answer.abstained, "sentences": sentences}
+
+
+def _say_nothing_found(choices: Sequence[Choice]) -> None:
+    for choice in choices:
+        choice.text, choice.finish_reason = [NOTHING_FOUND], "stop"

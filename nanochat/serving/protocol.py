@@ -1,0 +1,61 @@
+"""HTTP over sockets, with a clock: a client that never ends its request line, or never reads its answer, is cut off.
+
+uvicorn waits for both for ever. (Bodies that come too slowly are refused by `security.Guard`.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+
+def make_protocol(seconds: float) -> type[H11Protocol]:
+    """A protocol that gives a client so many seconds to send the head of a request, and to read what waits for it."""
+
+    class TimedProtocol(H11Protocol):
+        head_timer: asyncio.TimerHandle | None = None
+        read_timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self.head_timer = self.loop.call_later(seconds, transport.abort)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._time_head()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self._time_head()
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self.read_timer = self.read_timer or self.loop.call_later(seconds, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self._stop("read_timer")
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop("head_timer")
+            self._stop("read_timer")
+            super().connection_lost(exc)
+
+        def _time_head(self) -> None:
+            """The clock runs from the first byte of a head to its last; between requests uvicorn's own does."""
+            waits = self.conn.their_state is h11.IDLE and bool(self.conn.trailing_data[0])
+            if not waits:
+                self._stop("head_timer")
+            elif self.head_timer is None:
+                self.head_timer = self.loop.call_later(seconds, self.transport.abort)
+
+        def _stop(self, name: str) -> None:
+            timer: Any = getattr(self, name)
+            if timer is not None:
+                timer.cancel()
+                setattr(self, name, None)
+
+    return TimedProtocol

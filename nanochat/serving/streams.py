@@ -1,0 +1,112 @@
+"""Answers on their way to clients: server-sent events, and waiting that ends when the client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from typing import Any, TypeVar
+
+from fastapi import Request, Response
+from starlette.types import Receive, Scope, Send
+
+from nanochat.engine.batching import Event, Ticket
+
+PING_SECONDS = 15.0  # proxies take a silent connection for dead
+DONE = b"data: [DONE]\n\n"
+R = TypeVar("R")
+
+
+def frame(record: dict[str, Any]) -> bytes:
+    """One event."""
+    return b"data: " + json.dumps(record, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode() + b"\n\n"
+
+
+class EventStream(Response):
+    """Sends frames as they are made, and a comment now and then. When the client leaves, the frames are closed."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, frames: AsyncGenerator[bytes, None]) -> None:
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self.frames = frames
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        writing = asyncio.ensure_future(self._write(send))
+        leaving = asyncio.ensure_future(_left(receive))
+        try:
+            while not writing.done() and not leaving.done():
+                done, _ = await asyncio.wait({writing, leaving}, timeout=PING_SECONDS, return_when="FIRST_COMPLETED")
+                if not done:
+                    await _send(send, b": ping\n\n")
+        finally:
+            await _end(writing, leaving)
+            await self.frames.aclose()
+
+    async def _write(self, send: Send) -> None:
+        async for data in self.frames:
+            await _send(send, data)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def unless_left(request: Request, work: Coroutine[Any, Any, R]) -> R | None:
+    """The result of `work`; None when the client leaves before it is there, and `work` is cancelled."""
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_left(request.receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when="FIRST_COMPLETED")
+        return working.result() if working.done() else None
+    finally:
+        await _end(working, leaving)
+
+
+async def events(tickets: Sequence[Ticket]) -> AsyncIterator[tuple[int, Event]]:
+    """The events of several tickets as they come, each with its ticket's number. Cancels them all at the end."""
+    tasks: list[asyncio.Task[None]] = []
+    try:
+        if len(tickets) == 1:
+            async for event in tickets[0]:
+                yield 0, event
+            return
+        queue: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
+
+        async def pump(number: int, ticket: Ticket) -> None:
+            async for event in ticket:
+                queue.put_nowait((number, event))
+            queue.put_nowait(None)
+
+        tasks += [asyncio.ensure_future(pump(number, ticket)) for number, ticket in enumerate(tickets)]
+        running = len(tasks)
+        while running:
+            item = await queue.get()
+            if item is None:
+                running -= 1
+            else:
+                yield item
+    finally:
+        for ticket in tickets:
+            ticket.cancel()
+        for task in tasks:
+            task.cancel()
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _send(send: Send, data: bytes) -> None:
+    await send({"type": "http.response.body", "body": data, "more_body": True})
+
+
+async def _end(*tasks: asyncio.Future[Any]) -> None:
+    """Cancel what still runs, and wait for it. The error of the first task is raised."""
+    for task in tasks:
+        task.cancel()
+    for task in tasks[1:]:
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+    with contextlib.suppress(asyncio.CancelledError):
+        await tasks[0]
