@@ -6,6 +6,10 @@ its tokens, without what its parent already holds. What a state adds token by to
 once, however many boundaries there are; what has one size whatever the past (the state of a Mamba block) once for each
 boundary. Nothing here asks what kind a state is: a tensor grows along the dimension in which it differs from an empty
 state's.
+
+When the store is full, what is worth least leaves: what saves the fewest tokens for its bytes, counting how often it
+was used and how long ago (GreedyDual-Size-Frequency, Cherkasova 1998). A node without children leaves as a whole; one
+with children only loses its tensors of one size: the rest belongs to the children too.
 """
 
 from __future__ import annotations
@@ -38,10 +42,14 @@ class Begun(NamedTuple):
 class _Node:
     """The tokens of one prefix after those of its parent, and what they add to the states."""
 
-    __slots__ = ("children", "n", "nbytes", "parent", "parts", "segment")
+    __slots__ = ("children", "fixed", "fixed_bytes", "grown", "hits", "n", "nbytes", "parent", "segment", "used")
 
-    def __init__(self, parent: _Node | None, segment: bytes, n: int, parts: list[list[Tensor]], nbytes: int) -> None:
-        self.parent, self.segment, self.n, self.parts, self.nbytes = parent, segment, n, parts, nbytes
+    def __init__(self, parent: _Node | None, segment: bytes, n: int, grown: list[Tensor | None]) -> None:
+        self.parent, self.segment, self.n = parent, segment, n
+        self.grown = grown  # what the tokens added to each tensor; None where its size is always the same
+        self.fixed: list[Tensor] | None = None  # those other tensors; None: they have left, nothing goes on from here
+        self.nbytes = self.fixed_bytes = self.hits = 0
+        self.used = 0.0
         self.children: dict[int, dict[bytes, _Node]] = {}  # by length, then by the tokens themselves
 
     def path(self) -> list[_Node]:
@@ -53,13 +61,25 @@ class _Node:
             node = node.parent
         return nodes[::-1]
 
+    def can_free(self) -> int:
+        """Bytes that can leave."""
+        return (self.fixed_bytes if self.fixed is not None else 0) if self.children else self.nbytes
+
+    def worth(self) -> float:
+        """What leaves last is worth most; `used` is what the last to leave was worth when this was used."""
+        before = self.parent
+        while before is not None and before.fixed is None:
+            before = before.parent
+        saved = self.n - (before.n if before is not None else 0)
+        return self.used + (1 + self.hits) * saved / self.can_free()
+
 
 class PrefixCache:
     """Snapshots of the states after exact beginnings of prompts, at most `max_bytes` of them.
 
-    One cache serves one model, and any number of conversations and threads. What was not used for longest leaves
-    first. `spacing`: least tokens between two snapshots after documents of a prompt; every one costs a pass of its own
-    (with one after each 66 tokens, reading them for the first time took 1.5 times as long). `hits` and `misses` count
+    One cache serves one model, and any number of conversations and threads. `spacing`: least tokens between two
+    snapshots of a prompt; every one costs a pass of its own (with one after each 66 tokens, reading them for the first
+    time took 1.5 times as long). `hits` and `misses` count
     look-ups, `tokens_saved` the tokens that needed no reading. After the model's weights changed, call `clear`. Raises
     UsageError for negative numbers, and for a second model.
     """
@@ -85,9 +105,11 @@ class PrefixCache:
     def clear(self) -> None:
         """Forget everything."""
         with self._lock:
-            self._root = _Node(None, b"", 0, [], 0)
+            self._root = _Node(None, b"", 0, [])
+            self._root.fixed = []
             self._order: OrderedDict[_Node, None] = OrderedDict()  # least recently used first
             self._nbytes = 0
+            self._left = 0.0  # the worth of what left last
 
     def bind(self, model: LM) -> None:
         """Serve this model. Raises UsageError when the cache already serves another one."""
@@ -103,36 +125,42 @@ class PrefixCache:
         model = self._bound()
         with self._lock:
             node = self._longest(_bytes(ids))
-            self._touch(node)
             self.hits += node.n > 0
             self.misses += node.n == 0
             self.tokens_saved += node.n
-            path = node.path()
-        # nodes never change, and those that are evicted meanwhile live as long as `path`
-        if not path:
-            return Begun(0, model.init_states(1, capacity))
-        return Begun(node.n, _assemble(model.init_states(1), path, capacity))
+            if not node.n:
+                return Begun(0, model.init_states(1, capacity))
+            node.hits += 1
+            self._touch(node)
+            assert node.fixed is not None
+            grown, fixed = [step.grown for step in node.path()], node.fixed
+        # stored tensors never change, and those that leave meanwhile live as long as these lists
+        return Begun(node.n, _assemble(model.init_states(1), grown, fixed, capacity))
 
     def put(self, ids: Sequence[int], states: Sequence[State]) -> bool:
         """Store copies of the states of one row that has read exactly `ids`. False when they are too large."""
         key = _bytes(ids)
-        empty = [list(state.tensors().values()) for state in self._bound().init_states(1)]
-        full = [list(state.tensors().values()) for state in states]
+        full = [(x, _growing(x, e)) for x, e in zip(_tensors(states), _tensors(self._bound().init_states(1)))]
+        fixed = [x for x, d in full if d is None]
         with self._lock:
-            parent = self._longest(key)
-            self._touch(parent)
-            if parent.n == len(ids):
+            found = self._longest(key, whole=False)
+            if found.n == len(ids) and found.fixed is not None:
+                self._touch(found)
                 return True
-            added = [[_after(x, e, parent.n) for x, e in zip(xs, es)] for xs, es in zip(full, empty)]
-            segment = key[parent.n * _ID.itemsize :]
-            nbytes = len(segment) + sum(NODE_BYTES + x.numel() * x.element_size() for xs in added for x in xs)
-            if not self._make_room(nbytes, parent):
+            node, need = found, _nbytes(fixed)
+            if found.n < len(ids):
+                grown = [None if d is None else x.narrow(d, found.n, x.size(d) - found.n) for x, d in full]
+                node = _Node(found, key[found.n * _ID.itemsize :], len(ids), grown)
+                need += len(node.segment) + _nbytes([x for x in grown if x is not None])
+            if not self._make_room(need, found):
                 return False
-            parts = [[x.detach().clone(memory_format=torch.contiguous_format) for x in xs] for xs in added]
-            node = _Node(parent, segment, len(ids), parts, nbytes)
-            parent.children.setdefault(len(segment), {})[segment] = node
-            self._order[node] = None
-            self._nbytes += nbytes
+            if node is not found:
+                node.grown = [None if x is None else _copy(x) for x in node.grown]
+                found.children.setdefault(len(node.segment), {})[node.segment] = node
+                self._order[node] = None
+            node.fixed, node.fixed_bytes = [_copy(x) for x in fixed], _nbytes(fixed)
+            node.nbytes += need
+            self._nbytes += need
             self._touch(node)
             return True
 
@@ -150,12 +178,13 @@ class PrefixCache:
 
     # ---- under the lock
 
-    def _longest(self, key: bytes) -> _Node:
-        """The deepest node whose tokens `key` begins with. Several children may fit: one may begin with another."""
+    def _longest(self, key: bytes, whole: bool = True) -> _Node:
+        """The deepest node whose tokens `key` begins with, `whole`: that states can be made of. Several children may
+        fit: one may begin with another."""
         best, waiting = self._root, [self._root]
         while waiting:
             node = waiting.pop()
-            if node.n > best.n:
+            if node.n > best.n and (node.fixed is not None or not whole):
                 best = node
             at = node.n * _ID.itemsize
             for length, children in node.children.items():
@@ -165,25 +194,43 @@ class PrefixCache:
         return best
 
     def _touch(self, node: _Node) -> None:
-        """Mark as used, parents last: so the first in the order has no children."""
-        while node.parent is not None:
-            self._order.move_to_end(node)
-            node = node.parent
+        """Mark as used now."""
+        node.used = self._left
+        self._order.move_to_end(node)
 
-    def _make_room(self, nbytes: int, parent: _Node) -> bool:
-        """Evict until `nbytes` more fit, sparing the path to `parent`, which was just touched."""
-        if nbytes + sum(node.nbytes for node in parent.path()) > self.max_bytes:
+    def _make_room(self, nbytes: int, found: _Node) -> bool:
+        """Let the least worthy leave until `nbytes` more fit, sparing `found` and what it stands on. False when they
+        cannot."""
+        spared = found.path()
+        least = sum(node.nbytes - (node.fixed_bytes if node.fixed is not None else 0) for node in spared[:-1])
+        if nbytes + least + (found.nbytes if spared else 0) > self.max_bytes:
             return False
         while self._nbytes + nbytes > self.max_bytes:
-            node, _ = self._order.popitem(last=False)
-            assert node.parent is not None
-            assert not node.children
-            siblings = node.parent.children[len(node.segment)]
-            del siblings[node.segment]
-            if not siblings:
-                del node.parent.children[len(node.segment)]
-            self._nbytes -= node.nbytes
+            ranked = sorted((n.worth(), i, n) for i, n in enumerate(self._order) if n.can_free() and n is not found)
+            for worth, _, node in ranked:
+                self._left = max(self._left, worth)
+                self._free(node, found)
+                if self._nbytes + nbytes <= self.max_bytes:
+                    break
         return True
+
+    def _free(self, node: _Node, spared: _Node) -> None:
+        """What can leave of this node leaves, and what before it was only kept for it."""
+        if node.children:
+            node.fixed = None
+            node.nbytes -= node.fixed_bytes
+            self._nbytes -= node.fixed_bytes
+            return
+        while node.parent is not None and not node.children:
+            parent = node.parent
+            siblings = parent.children[len(node.segment)]
+            del siblings[node.segment], self._order[node]
+            if not siblings:
+                del parent.children[len(node.segment)]
+            self._nbytes -= node.nbytes
+            if parent.fixed is not None or parent is spared:
+                break
+            node = parent
 
     def _bound(self) -> LM:
         model = self._model() if self._model is not None else None
@@ -227,33 +274,38 @@ def _growing(x: Tensor, empty: Tensor) -> int | None:
     return next((d for d in range(1, x.dim()) if x.size(d) != empty.size(d)), None)
 
 
-def _after(x: Tensor, empty: Tensor, n: int) -> Tensor:
-    """What came after the first n tokens."""
-    d = _growing(x, empty)
-    return x if d is None else x.narrow(d, n, x.size(d) - n)
+def _tensors(states: Iterable[State]) -> list[Tensor]:
+    return [x for state in states for x in state.tensors().values()]
 
 
-def _assemble(empty: list[State], path: list[_Node], capacity: int) -> list[State]:
-    """States of one row after all tokens of the path."""
-    states = []
-    for i, state in enumerate(empty):
-        # `State.map` visits the tensors in the order of `State.tensors`
-        whole = _tensors(list(state.tensors().values()), [node.parts[i] for node in path], capacity)
-        states.append(state.map(lambda _, whole=whole: next(whole)))  # type: ignore[misc]
-    return states
+def _nbytes(tensors: Sequence[Tensor]) -> int:
+    return sum(NODE_BYTES + x.numel() * x.element_size() for x in tensors)
 
 
-def _tensors(empties: list[Tensor], parts: list[list[Tensor]], capacity: int) -> Iterator[Tensor]:
-    for j, empty in enumerate(empties):
-        pieces = [part[j] for part in parts]
-        d = _growing(pieces[-1], empty)
-        if d is None:
-            yield pieces[-1].clone()
-            continue
-        n, shape = 0, list(empty.shape)
-        shape[d] = max(capacity, sum(piece.size(d) for piece in pieces))
-        out = empty.new_zeros(shape)  # `empty` has the dtype and device
-        for piece in pieces:
-            out.narrow(d, n, piece.size(d)).copy_(piece)
-            n += piece.size(d)
-        yield out
+def _copy(x: Tensor) -> Tensor:
+    return x.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _assemble(
+    empty: list[State], grown: list[list[Tensor | None]], fixed: list[Tensor], capacity: int
+) -> list[State]:
+    """States of one row after all tokens of a path."""
+    rest = iter(fixed)
+    whole = iter([_join(list(parts), e, rest, capacity) for e, *parts in zip(_tensors(empty), *grown)])
+    # `State.map` visits the tensors in the order of `State.tensors`
+    return [state.map(lambda _: next(whole)) for state in empty]
+
+
+def _join(parts: list[Tensor | None], empty: Tensor, rest: Iterator[Tensor], capacity: int) -> Tensor:
+    pieces = [part for part in parts if part is not None]
+    if not pieces:
+        return next(rest).clone()
+    d, n = _growing(pieces[0], empty), 0
+    assert d is not None
+    shape = list(empty.shape)
+    shape[d] = max(capacity, sum(piece.size(d) for piece in pieces))
+    out = empty.new_zeros(shape)  # `empty` has the dtype and device
+    for piece in pieces:
+        out.narrow(d, n, piece.size(d)).copy_(piece)
+        n += piece.size(d)
+    return out
