@@ -37,6 +37,8 @@ TRITON = {
     "ssd_step": "triton_decode",
     "causal_conv": "triton_conv",
     "causal_conv_step": "triton_decode",
+    "gated_rms_norm": "triton_norm",
+    "linear_cross_entropy": "triton_loss",
 }
 MIN_CAPABILITY = (8, 0)  # Ampere: bf16 in hardware
 

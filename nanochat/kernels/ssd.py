@@ -22,6 +22,7 @@ from nanochat.kernels.dispatch import choose
 from nanochat.kernels.segments import padding, resets, state_dtype
 
 CHUNK = 64
+LOWEST = -104.0  # exponent of a decay that is zero in float32
 TRITON_WIDTH, TRITON_STATE = 128, 256  # the largest head and state whose tiles a GPU's shared memory holds
 BLOCK = 1 << 18  # elements of the (Q, Q) decays of a few rows that stay in a CPU's cache
 
@@ -272,6 +273,8 @@ class _ChunkedSSD(torch.autograd.Function):
             dstate_BHPN[rows] = _state_gradients(
                 c, dy, xdt, entering_BZHPN[rows], dlast_BHPN[rows], (dexponent, dxdt, dB_, dC_)
             )
+            # where a decay is zero so is its gradient, which the sums of differences only have to rounding
+            dexponent.masked_fill_(c.dt_YQH * c.A_H < LOWEST, 0.0)
             dD += (dy * c.x_YQHP).sum((0, 1, 3))
             dA += (dexponent * c.dt_YQH).sum((0, 1))
             ddt[rows] = c.join((dxdt * c.x_YQHP).sum(-1).addcmul_(dexponent, c.A_H))

@@ -216,9 +216,10 @@ def _gradients_kernel(
         dB_QN += _dot((xdt_QP * to_end_Q[:, None]).to(x_QP.dtype), dstate_PN.to(x_QP.dtype), PRECISION)
         kept = tl.sum(tl.sum(state_PN.to(tl.float32) * dstate_PN.to(tl.float32), 1), 0) * whole
         dlog_Q = tl.cumsum(dcum_Q, 0, reverse=True) + (tl.cumsum(dend_Q, 0) - dend_Q) + kept
-        # outputs of this head
+        # outputs of this head; where a decay is zero so is its gradient, which the sums above only have to rounding
         at, valid = (b * n_time + t) * n_head + h, t < n_time
         A_h = tl.load(A + h)
+        dlog_Q = tl.where(dt_Q * A_h * LOG2E > LOWEST, dlog_Q, 0.0)
         tl.store(ddt + at, dlog_Q * A_h + tl.sum(dxdt_QP * x_QP, 1), mask=valid)
         dx_QP = dxdt_QP * dt_Q[:, None] + tl.load(D + h) * dy_QP
         tl.store(dx + at[:, None] * P + p[None, :], dx_QP.to(x_QP.dtype), mask=valid[:, None] & (p < P)[None, :])

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.kernels.conv import causal_conv, causal_conv_step
+from nanochat.kernels.norm import gated_rms_norm
 from nanochat.kernels.segments import last_document, state_dtype
 from nanochat.kernels.ssd import ssd, ssd_step
 from nanochat.model.config import ModelConfig
-from nanochat.model.layers import Linear, Ragged, rms_norm
+from nanochat.model.layers import Linear, Ragged
 from nanochat.model.mamba import SSMState, init_dt_bias
 from nanochat.model.mixer import Mixer, State
 
@@ -90,5 +91,4 @@ class Mamba2(Mixer):
 
     def gate(self, y: Tensor, z: Tensor) -> Tensor:
         """The output, gated, then normalised within each group as in the paper's own code."""
-        gated = (y * F.silu(z)).unflatten(-1, (self.G, -1))
-        return self.out_proj(rms_norm(gated, self.eps).flatten(-2))
+        return self.out_proj(gated_rms_norm(y, z, self.G, self.eps))

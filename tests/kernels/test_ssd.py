@@ -113,6 +113,13 @@ def test_huge_steps_stay_finite(scale: float) -> None:
     compare(ssd, ssd_ref, tensors, 1e-4, segments_BT=documents(1, 130, 40))
 
 
+def test_one_huge_step_leaves_the_digits_of_the_small_ones() -> None:
+    x, dt, *rest = (t.detach() for t in inputs(1, 32, 1, 2, 1, 3))
+    dt = dt * 0.01
+    dt[:, 3] = 1e6
+    compare(ssd, ssd_ref, leaves([x, dt, *rest], torch.float32), 2e-5)
+
+
 def test_half_precision_activations() -> None:
     wide, half = torch.float32, torch.bfloat16
     tensors = leaves(inputs(1, 70, 2, 2, 1, 2), half, wide, wide, half, half, wide)
