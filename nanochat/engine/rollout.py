@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -23,6 +23,8 @@ from nanochat.errors import NanochatError, UsageError
 from nanochat.model.lm import LM
 from nanochat.model.mixer import State
 from nanochat.tokenizer import Tokenizer
+
+MAX_CALL_TOKENS = 64
 
 __all__ = ["Call", "Request", "Result", "Rollout", "Step", "Tool", "rollouts", "steps"]
 
@@ -88,10 +90,12 @@ def steps(
     *,
     max_rows: int = MAX_ROWS,
     eos: Sequence[int] | None = None,
+    until: Callable[[int, int], bool] | None = None,
     **limits: Any,
 ) -> Iterator[list[Step]]:
-    """As `rollouts`, step by step: what each row just got."""
-    runner = _Runner(model, tokenizer, sampling or Sampling(), tools, Limits(max_calls, **limits), eos)
+    """As `rollouts`, step by step: what each row just got. `until` is asked about every token that was sampled (number
+    of the row, token) and may end the row with it."""
+    runner = _Runner(model, tokenizer, sampling or Sampling(), tools, Limits(max_calls, **limits), eos, until)
     return runner.run(prompts, n, max_rows)
 
 
@@ -100,7 +104,7 @@ class Limits:
     """What a row may do. Raises UsageError for values out of range."""
 
     max_calls: int = 3
-    max_call_tokens: int = 64  # of one call; a longer one is an error of the row
+    max_call_tokens: int = MAX_CALL_TOKENS  # of one call; a longer one is an error of the row
     max_result_tokens: int = 512  # of one result; a tool fits its result, or its texts are shortened
     at_limit: str = "end"  # a row that wants one call too many ends; "forbid": it cannot even begin one
 
@@ -168,10 +172,12 @@ class _Runner:
         tools: Sequence[Tool],
         limits: Limits,
         eos: Sequence[int] | None,
+        until: Callable[[int, int], bool] | None,
     ) -> None:
         if sampling.stop:
-            raise UsageError("rollouts end with the end token; stop strings are for text: leave `stop` empty")
+            raise UsageError("rollouts know no stop strings: leave `stop` empty, and end rows with `until`")
         self.model, self.tokenizer, self.sampling, self.limits = model, tokenizer, sampling, limits
+        self.until = until
         self.eos = frozenset((tokenizer.eot, tokenizer.bos) if eos is None else eos)
         self.context = model.config.sequence_len
         self.tools = {tokenizer.special(tool.start): tool for tool in tools}
@@ -252,7 +258,7 @@ class _Runner:
 
     def judge(self, row: _Row, token: int) -> None:
         """Whether the row ends, begins a call, or pauses with this token."""
-        if token in self.eos:
+        if token in self.eos or (self.until is not None and self.until(row.number, token)):
             return row.end("stop")
         if row.tool is None:
             if token in self.tools:

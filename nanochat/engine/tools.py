@@ -10,7 +10,7 @@ import ast
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 
 class Call(NamedTuple):
@@ -118,9 +118,9 @@ class Calculator:
     """Arithmetic: `<|tool_call_start|>48/2<|tool_call_end|>` gives 24. What is no arithmetic gives a text that says so,
     and the row goes on."""
 
-    name: ClassVar[str] = "calculator"
-    start: ClassVar[str] = "tool_call_start"
-    end: ClassVar[str] = "tool_call_end"
+    name: str = "calculator"
+    start: str = "tool_call_start"
+    end: str = "tool_call_end"
 
     def run(self, requests: Sequence[Request]) -> list[Result]:
         return [self.answer(request.text) for request in requests]

@@ -12,7 +12,7 @@ Who writes the queries, which hits are shown and when to stop can be put into ot
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from nanochat.engine.rollout import Rollout
 from nanochat.engine.tools import Call, Request, Result
@@ -67,9 +67,9 @@ class SearchTool:
     None: they stay whole. Raises UsageError for values out of range.
     """
 
-    name: ClassVar[str] = "search"
-    start: ClassVar[str] = "search_start"
-    end: ClassVar[str] = "search_end"
+    name: str = "search"
+    start: str = "search_start"
+    end: str = "search_end"
 
     def __init__(
         self,

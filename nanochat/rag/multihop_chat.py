@@ -1,0 +1,163 @@
+"""Chat in which the model searches on its own, hop by hop, before it answers.
+
+    chat = nanochat.load("refrag").with_search("kb")
+    answer = chat.chat("Where was the founder of Torwick born?")
+    print(answer)             # The founder of Torwick was born in Brimholt. [3]     [3] Mara Velt (people.jsonl)
+    [hop.query for hop in answer.hops]
+
+The same loop as in training and evaluation (`engine.rollout`), with one row.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Mapping, Sequence, Sized
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
+
+from nanochat.engine.generate import Completion
+from nanochat.engine.rollout import MAX_CALL_TOKENS, Rollout, Step, steps
+from nanochat.engine.sampling import make_sampling
+from nanochat.engine.text import TextStream
+from nanochat.errors import NanochatError, UsageError
+from nanochat.model.lm import LM
+from nanochat.rag.calibration import DEFAULT, Calibration
+from nanochat.rag.citation_stream import CitationStream
+from nanochat.rag.grounded import GroundedAnswer, as_messages, lay_out
+from nanochat.rag.knowledge import Searcher
+from nanochat.rag.multihop import Hop, Query, SearchTool, Select, Stop, as_written, documents_of, hops_of, read_answer
+from nanochat.rag.support import Support, support
+from nanochat.tasks.task import message_text
+from nanochat.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class SearchedAnswer(GroundedAnswer):
+    """An answer, what it rests on, and the searches that led there. `query` is the last search's, `completion` what the
+    model said without what it read."""
+
+    hops: tuple[Hop, ...] = ()
+    rollout: Rollout | None = None
+
+
+class MultiHopChat:
+    """A model that searches a knowledge base while it answers. Several conversations and threads may share one.
+
+    knowledge: anything with `search(queries, k)`. max_hops: searches an answer. top_k: documents a search. query,
+    select, stop: see `rag.multihop`. Raises UsageError for values out of range and an empty knowledge base.
+    """
+
+    def __init__(
+        self,
+        model: LM,
+        tokenizer: Tokenizer,
+        knowledge: Searcher,
+        *,
+        max_hops: int = 3,
+        top_k: int = 2,
+        query: Query = as_written,
+        select: Select | None = None,
+        stop: Stop | None = None,
+        calibration: Calibration = DEFAULT,
+    ) -> None:
+        if max_hops < 0:
+            raise UsageError(f"max_hops {max_hops}: expected 0 (no search) or more")
+        if isinstance(knowledge, Sized) and not len(knowledge):
+            raise UsageError("the knowledge base holds no documents: add some, and ask then")
+        self.model, self.tokenizer, self.knowledge = model, tokenizer, knowledge
+        self.max_hops, self.top_k, self.calibration = max_hops, top_k, calibration
+        self.hooks: dict[str, Any] = {"query": query, "select": select, "stop": stop}
+        self.tool("")  # so that values out of range are told at once
+
+    @property
+    def context(self) -> int:
+        """Tokens that prompt, searches and answer may have together."""
+        return self.model.config.sequence_len
+
+    def tool(self, question: str) -> SearchTool:
+        return SearchTool(self.tokenizer, self.knowledge, self.top_k, questions=[question], **self.hooks)
+
+    def chat(self, messages: str | Sequence[Mapping[str, Any]], **sampling: Any) -> SearchedAnswer:
+        """The answer to a conversation: a list of {"role", "content"}, or just a question. Keyword arguments are the
+        fields of `Sampling`; the temperature is 0 unless it is given, and max_tokens is that of the answer: queries
+        come on top. Raises UsageError for a conversation without a question, NanochatError when a search fails."""
+        pieces = self.stream_chat(messages, **sampling)
+        while True:
+            try:
+                next(pieces)
+            except StopIteration as end:
+                return end.value
+
+    def stream_chat(
+        self, messages: str | Sequence[Mapping[str, Any]], **sampling: Any
+    ) -> Generator[str, None, SearchedAnswer]:
+        """As `chat`, piece by piece: what the model says beside its queries. The generator returns the answer."""
+        began = time.perf_counter()
+        conversation, chosen = as_messages(messages), make_sampling({"temperature": 0.0, **sampling})
+        limit = self.context // 2  # the other half is for what will be found, and the answer
+        _, shown = lay_out(conversation, [], self.tokenizer, limit)
+        question = message_text(shown[-1])
+        visible = _Visible(self.tokenizer, chosen.stop)
+        longest = chosen.max_tokens + self.max_hops * (MAX_CALL_TOKENS + 2)
+        running = steps(
+            self.model, self.tokenizer, [self.tokenizer.render_prompt({"messages": shown}, limit).ids],
+            replace(chosen, max_tokens=longest, stop=()), 1, [self.tool(question)], self.max_hops,
+            at_limit="forbid", until=visible.push,
+        )  # fmt: skip
+        for step in chain.from_iterable(running):
+            visible.read(step)
+            if piece := visible.released():
+                yield piece
+        return self._finish(step.finished, question, visible, began)
+
+    def _finish(self, rollout: Rollout | None, question: str, visible: _Visible, began: float) -> SearchedAnswer:
+        assert rollout is not None  # of the last step
+        if rollout.error:
+            raise NanochatError(rollout.error)
+        hops, documents = hops_of(rollout.calls), documents_of(rollout.calls)
+        answer = read_answer(rollout, self.tokenizer)
+        grounds: list[Support] = []
+        if documents and not answer.abstained:
+            grounds = support(answer, documents, question=question, calibration=self.calibration)
+        own = [(i, p) for i, sampled, p in zip(rollout.ids, rollout.sampled, rollout.logprobs) if sampled]
+        completion = Completion([i for i, _ in own], visible.said, [p for _, p in own], rollout.finish_reason)
+        return SearchedAnswer(
+            visible.said, answer, documents, tuple(grounds), hops[-1].query if hops else "",
+            time.perf_counter() - began, completion, hops, rollout,
+        )  # fmt: skip
+
+
+class _Visible:
+    """The text of a rollout: what the model says outside of its calls."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+        self.decoder = CitationStream(tokenizer, 0)
+        self.text = TextStream(self.decoder, stop)
+        self.start, self.end = tokenizer.special(SearchTool.start), tokenizer.special(SearchTool.end)
+        self.document = tokenizer.special("doc_start")
+        self.inside = False
+        self.said = self.held = ""
+
+    def push(self, row: int, token: int) -> bool:
+        """Take a token; whether a stop string is complete."""
+        if token == self.start:
+            self.inside = True
+        elif token == self.end:
+            self.inside = False
+        elif not self.inside:
+            self.held += self.text.push(token)
+        return self.text.stopped
+
+    def read(self, step: Step) -> None:
+        """What else a step brings: documents that may be cited from now on, or the end."""
+        if not step.sampled:
+            self.decoder.n_documents += step.ids.count(self.document)
+        if step.finished is not None:
+            self.held += self.text.finish()
+
+    def released(self) -> str:
+        """The text that is new."""
+        piece, self.held = self.held, ""
+        self.said += piece
+        return piece
