@@ -21,6 +21,7 @@ from nanochat.errors import NanochatError, UsageError
 from nanochat.evaluation.chat import TaskResult, evaluate, gather
 from nanochat.evaluation.language import row_losses
 from nanochat.evaluation.metrics import table, write_metrics
+from nanochat.evaluation.position import by_position, passkey
 from nanochat.intervals import Metric, ratio
 from nanochat.tasks.registry import open_task
 
@@ -48,7 +49,10 @@ class EvalSettings:
 
     def check(self) -> None:
         """Raises UsageError naming the flag, its value and what is allowed."""
-        limits = {"batch_size": 1, "eval_tokens": 1, "max_problems": 0, "max_tokens": 1, "samples": 0}
+        limits = {
+            "batch_size": 1, "eval_tokens": 1, "max_problems": 0, "max_tokens": 1, "samples": 0, "by_position": 0,
+            "passkey_samples": 1,
+        }  # fmt: skip
         for flag, least in limits.items():
             if getattr(self, flag, least) < least:
                 raise UsageError(f"--{flag} {getattr(self, flag)}: must be at least {least}")
@@ -72,6 +76,12 @@ class BaseEvalSettings(EvalSettings):
     """longest continuation"""
     temperature: float = 0.0
     """of the continuations; 0: always the most likely token"""
+    by_position: int = 0
+    """also measure the loss at every position of rows of so many tokens, best several times sequence_len (0: do not)"""
+    passkey: tuple[int, ...] = ()
+    """also ask for a number that was said once, in texts of so many tokens each"""
+    passkey_samples: int = 20
+    """numbers asked for in each length, from said at once to said right before the question"""
 
 
 @dataclass(frozen=True)
@@ -107,6 +117,12 @@ def evaluate_base(settings: BaseEvalSettings) -> dict[str, Metric]:
     nats, tokens, text_nats, n_bytes = zip(*sums)
     bits = [nat / math.log(2) for nat in text_nats]
     metrics = {"val_bpb": ratio(bits, n_bytes, settings.seed), "val_nats_per_token": ratio(nats, tokens, settings.seed)}
+    model, tokenizer, n_long = loaded.model, loaded.tokenizer, settings.by_position
+    if n_long:
+        n_rows = max(1, settings.eval_tokens // n_long)
+        metrics |= by_position(model, tokenizer, corpus, n_long, n_rows, settings.batch_size, settings.seed)
+    if settings.passkey:
+        metrics |= passkey(model, tokenizer, corpus, settings.passkey, settings.passkey_samples, settings.seed)
     samples = continuations(loaded, corpus, settings)
     more = {
         "data": settings.data, "tokens": round(sum(tokens)), "bytes": round(sum(n_bytes)),

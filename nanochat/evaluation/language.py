@@ -49,7 +49,8 @@ def row_losses(model: LM, batches: Iterable[Batch], tokenizer: Tokenizer) -> Row
     was_training = model.training
     model.eval()
     for batch in batches:
-        nll = model.nll(*(x.to(model.device) for x in (batch.inputs, batch.targets, batch.segments))).double().cpu()
+        inputs, targets, segments = (x.to(model.device) for x in (batch.inputs, batch.targets, batch.segments))
+        nll = model.nll(inputs, targets, segments).double().cpu()
         counted = batch.targets != IGNORED
         size = token_bytes[batch.targets.clamp(min=0)] * counted
         rows = (nll, counted, nll * (size > 0), size)

@@ -217,8 +217,15 @@ class LM(nn.Module):
         )
 
     @torch.no_grad()
-    def nll(self, inputs: Tensor, targets: Tensor, segments: Tensor | None = None) -> Tensor:
-        """Negative log-likelihood of each target in nats, (B, T) fp32, 0 where the target is -1."""
-        hidden = self(inputs, segments_BT=segments)
+    def nll(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        segments: Tensor | None = None,
+        states: Sequence[State] | None = None,
+    ) -> Tensor:
+        """Negative log-likelihood of each target in nats, (B, T) fp32, 0 where the target is -1. `states`: see
+        `forward`."""
+        hidden = self(inputs, states, segments)
         flat = hidden.reshape(-1, hidden.size(-1))
         return linear_nll(flat, self.head_weight, targets.reshape(-1), self.config.softcap).view(targets.shape)
