@@ -33,6 +33,11 @@ def row(states: Sequence[State], i: int) -> list[State]:
     return [state.map(lambda x: x[i : i + 1]) for state in states]
 
 
+def growing(x: Tensor, empty: Tensor) -> int | None:
+    """The dimension along which a state's tensor grows with every token; None when its size never changes."""
+    return next((d for d in range(1, x.dim()) if x.size(d) != empty.size(d)), None)
+
+
 def nbytes(states: Sequence[State]) -> int:
     return sum(state.nbytes for state in states)
 

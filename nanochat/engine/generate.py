@@ -19,6 +19,7 @@ from torch import Tensor
 from nanochat.engine import cache
 from nanochat.engine.prefix import Begun, PrefixCache, document_boundaries
 from nanochat.engine.sampling import Sampling, Stream, sample
+from nanochat.engine.slots import Slots
 from nanochat.engine.text import Decoder, TextStream
 from nanochat.errors import UsageError
 from nanochat.model.lm import LM
@@ -156,6 +157,7 @@ class Batch(Generic[AnyRow]):
         self.model = model
         self.rows: list[AnyRow] = []
         self.states: list[State] = []
+        self._slots: Slots | None = None  # made when rows join others
         self.hidden_BD = torch.empty(0)
 
     @torch.no_grad()
@@ -172,10 +174,14 @@ class Batch(Generic[AnyRow]):
             cache.reserve(states, max(row.budget for row in rows))
         self.join(rows, states, hidden_BD)
 
+    @torch.no_grad()
     def join(self, rows: Sequence[AnyRow], states: list[State], hidden_BD: Tensor) -> None:
         """Rows that were read elsewhere go on here."""
         if self.rows:
-            states, hidden_BD = cache.join([self.states, states]), torch.cat((self.hidden_BD, hidden_BD))
+            if self._slots is None:
+                self._slots = Slots(self.states, self.model.init_states(1))
+            self._slots.join(states)
+            states, hidden_BD = self._slots.states, torch.cat((self.hidden_BD, hidden_BD))
         self.rows, self.states, self.hidden_BD = [*self.rows, *rows], states, hidden_BD
 
     def take(self, i: int) -> list[State]:
@@ -192,11 +198,23 @@ class Batch(Generic[AnyRow]):
         """Feed each row its token; rows that are not active any more leave first."""
         alive = [i for i, row in enumerate(self.rows) if row.active]
         if len(alive) < len(self.rows):
-            self.rows = [self.rows[i] for i in alive]
-            if not alive:
-                return
-            cache.select(self.states, alive)
-        self.hidden_BD = decode(self.model, [ids[i] for i in alive], self.states)
+            alive = self._keep(alive)
+        if self._slots is not None:
+            self._slots.reserve(1)
+            self.states = self._slots.states
+        if alive:
+            self.hidden_BD = decode(self.model, [ids[i] for i in alive], self.states)
+
+    def _keep(self, rows: list[int]) -> list[int]:
+        """Only these rows stay. Returns them in the order that they take now."""
+        if not rows:
+            self._slots, self.states = None, []
+        elif self._slots is None:
+            cache.select(self.states, rows)
+        else:
+            rows = self._slots.keep(rows)
+        self.rows = [self.rows[i] for i in rows]
+        return rows
 
 
 def n_fresh(n_waiting: int, n_rows: int, n: int, max_rows: int) -> int:

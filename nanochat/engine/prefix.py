@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanochat.engine import cache
 from nanochat.errors import UsageError
 from nanochat.model.lm import LM
 from nanochat.model.mixer import State
@@ -140,7 +141,7 @@ class PrefixCache:
     def put(self, ids: Sequence[int], states: Sequence[State]) -> bool:
         """Store copies of the states of one row that has read exactly `ids`. False when they are too large."""
         key = _bytes(ids)
-        full = [(x, _growing(x, e)) for x, e in zip(_tensors(states), _tensors(self._bound().init_states(1)))]
+        full = [(x, cache.growing(x, e)) for x, e in zip(_tensors(states), _tensors(self._bound().init_states(1)))]
         fixed = [x for x, d in full if d is None]
         with self._lock:
             found = self._longest(key, whole=False)
@@ -269,11 +270,6 @@ def _bytes(ids: Sequence[int]) -> bytes:
     return np.asarray(ids, dtype=_ID).tobytes()
 
 
-def _growing(x: Tensor, empty: Tensor) -> int | None:
-    """The dimension along which a state's tensor grows with every token; None when its size never changes."""
-    return next((d for d in range(1, x.dim()) if x.size(d) != empty.size(d)), None)
-
-
 def _tensors(states: Iterable[State]) -> list[Tensor]:
     return [x for state in states for x in state.tensors().values()]
 
@@ -300,7 +296,7 @@ def _join(parts: list[Tensor | None], empty: Tensor, rest: Iterator[Tensor], cap
     pieces = [part for part in parts if part is not None]
     if not pieces:
         return next(rest).clone()
-    d, n = _growing(pieces[0], empty), 0
+    d, n = cache.growing(pieces[0], empty), 0
     assert d is not None
     shape = list(empty.shape)
     shape[d] = max(capacity, sum(piece.size(d) for piece in pieces))
