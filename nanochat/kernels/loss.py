@@ -35,7 +35,7 @@ def linear_cross_entropy(
     Gradients for hidden and weight. `weight_VD` is cast to hidden's dtype for the matmuls; its gradient is accumulated
     in float32. `chunk` is the number of rows at a time (None: chosen from the vocabulary's size).
     """
-    op = choose("linear_cross_entropy", LINEAR_CROSS_ENTROPY, "chunked")
+    op = choose("linear_cross_entropy", LINEAR_CROSS_ENTROPY, "chunked", hidden_ND)
     return op(hidden_ND, weight_VD, targets_N, weights_N, softcap, chunk)
 
 
@@ -91,6 +91,12 @@ def _linear_cross_entropy_chunked(
     return _ChunkedLoss.apply(hidden_ND, weight_VD, targets_N, weights_N, softcap, chunk, need)
 
 
+def _linear_cross_entropy_triton(*inputs: Any) -> Tensor:
+    from nanochat.kernels import triton_loss
+
+    return triton_loss.linear_cross_entropy(*inputs)
+
+
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
@@ -107,10 +113,10 @@ class _ChunkedLoss(torch.autograd.Function):
         buffer_MV = hidden_ND.new_empty(min(chunk, n_row), n_vocab)
         # blocks of columns fit a CPU's cache; a half-precision sum over blocks would be rounded once a block
         blocked = hidden_ND.dtype == wide and hidden_ND.device.type == "cpu"
-        columns = _slices(n_vocab, COLUMNS if blocked else n_vocab)
+        columns = slices(n_vocab, COLUMNS if blocked else n_vocab)
         # the inner derivatives of the softcap are factors of whole rows: they go to narrow tensors, never to wide ones
         gain_in, gain_out = (2 / softcap, 4.0) if softcap else (1.0, 1.0)
-        for part in _slices(n_row, chunk):
+        for part in slices(n_row, chunk):
             hidden_MD, weights_M1 = hidden_ND[part], weights_N[part, None].to(wide)
             logits_MV = buffer_MV[: hidden_MD.shape[0]]
             scaled_MD = hidden_MD * gain_in if softcap else hidden_MD
@@ -122,7 +128,7 @@ class _ChunkedLoss(torch.autograd.Function):
             scaled_MD = (hidden_MD * rows_M1).to(hidden_MD.dtype)
             for cols in columns:
                 if dweight_VD is not None:
-                    _accumulate(dweight_VD[cols], logits_MV[:, cols], scaled_MD, first=part.start == 0)
+                    accumulate(dweight_VD[cols], logits_MV[:, cols], scaled_MD, first=part.start == 0)
                 if dhidden_ND is not None:
                     dhidden_ND[part].addmm_(logits_MV[:, cols], cast_VD[cols])
             if dhidden_ND is not None:
@@ -175,7 +181,7 @@ def _logits_to_gradient(logits_MV: Tensor, targets_M1: Tensor, softcap: float, g
     return torch.cat(losses) if losses else logits_MV.new_zeros(0, 1, dtype=wide)  # every target ignored
 
 
-def _accumulate(total_VD: Tensor, gradient_MV: Tensor, hidden_MD: Tensor, first: bool) -> None:
+def accumulate(total_VD: Tensor, gradient_MV: Tensor, hidden_MD: Tensor, first: bool) -> None:
     """total (+)= gradient.T @ hidden; the first one overwrites what was never set."""
     if total_VD.dtype == hidden_MD.dtype:
         total_VD.addmm_(gradient_MV.t(), hidden_MD, beta=0 if first else 1)
@@ -185,7 +191,8 @@ def _accumulate(total_VD: Tensor, gradient_MV: Tensor, hidden_MD: Tensor, first:
         total_VD += gradient_MV.t() @ hidden_MD
 
 
-def _slices(n: int, step: int) -> list[slice]:
+def slices(n: int, step: int) -> list[slice]:
+    """0 .. n in steps."""
     return [slice(i, min(i + step, n)) for i in range(0, n, step)]
 
 
@@ -193,4 +200,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-LINEAR_CROSS_ENTROPY = {"chunked": _linear_cross_entropy_chunked, "ref": linear_cross_entropy_ref}
+LINEAR_CROSS_ENTROPY = {
+    "chunked": _linear_cross_entropy_chunked,
+    "triton": _linear_cross_entropy_triton,
+    "ref": linear_cross_entropy_ref,
+}

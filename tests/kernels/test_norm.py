@@ -62,3 +62,24 @@ def test_nothing_and_everything_stay_finite(size: float, kernel: str) -> None:
     tensors = [x.detach().mul(size).requires_grad_() for x in leaves(inputs(2, 8), torch.float32)]
     out = gated_rms_norm(*tensors, 1, EPS)
     assert all(x.isfinite().all() for x in (out, *torch.autograd.grad(out.sum(), tensors)))
+
+
+def test_one_graph_and_a_well_formed_operator(kernel: str) -> None:
+    tensors = leaves(inputs(2, 8), torch.float32)
+
+    def run(y: Tensor, z: Tensor) -> Tensor:
+        return gated_rms_norm(y, z, 2, EPS)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    results = [(out := op(*tensors), *torch.autograd.grad(out.square().sum(), tensors)) for op in (run, compiled)]
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b)
+    if kernel == "triton":
+        torch.library.opcheck(torch.ops.nanochat.gated_rms_norm, (*tensors, 2, EPS))
+
+
+def test_the_check_that_a_gpu_makes_passes() -> None:
+    pytest.importorskip("triton")
+    from nanochat.kernels import triton_norm
+
+    triton_norm.self_check(torch.device("cpu"))
