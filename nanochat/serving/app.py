@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Response
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import FileResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.middleware import Middleware
 from starlette.staticfiles import StaticFiles
@@ -63,10 +63,9 @@ def create_app(settings: ServeSettings, models: Mapping[str, ChatModel]) -> Fast
 
 
 @router.get("/health")
-async def health(service: Served) -> Response:
-    """Whether requests are taken."""
-    status = "draining" if service.draining else "ok"
-    return JSONResponse({"status": status, "version": __version__}, 503 if service.draining else 200)
+async def health() -> dict[str, str]:
+    """Answers as long as requests are taken."""
+    return {"status": "ok", "version": __version__}
 
 
 @router.get("/metrics", response_model=None)
@@ -124,9 +123,9 @@ async def ui_config(service: Served) -> dict[str, Any]:
 
 
 @router.post("/ui/markdown")
-async def ui_markdown(body: MarkdownRequest, service: Served) -> dict[str, str]:
-    """A text as HTML that is safe to show."""
-    return {"html": await service.run(render, body.text, body.citations)}
+async def ui_markdown(body: MarkdownRequest, service: Served) -> dict[str, list[str]]:
+    """Texts as HTML that is safe to show."""
+    return {"html": [await service.run(render, item.text, item.citations) for item in body.items]}
 
 
 def _describe(app: FastAPI) -> None:

@@ -17,7 +17,7 @@ from nanochat.engine.sampling import Sampling
 from nanochat.rag.grounded import NOTHING_FOUND, Asked, GroundedAnswer, GroundedChat
 from nanochat.serving import answers
 from nanochat.serving.answers import Choice
-from nanochat.serving.errors import ApiError
+from nanochat.serving.errors import ApiError, from_exception
 from nanochat.serving.knowledge import citation
 from nanochat.serving.models import Served, Service, client_of, service_of
 from nanochat.serving.schema import ChatRequest, Retrieval
@@ -186,8 +186,8 @@ async def stream(service: Service, turn: Turn, tickets: Sequence[Ticket]) -> Asy
             yield frame(last)
             last = {**record, "choices": [], "usage": answers.usage(tickets)}
         yield frame(last | more)
-    except ApiError as error:
-        yield frame(error.body)
+    except Exception as error:  # the answer has begun: it cannot have another status any more
+        yield frame(from_exception(error).body)
     finally:
         answers.count(service.metrics, turn.served, tickets)
     yield DONE

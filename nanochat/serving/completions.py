@@ -13,7 +13,7 @@ from nanochat.engine.batching import Ticket
 from nanochat.serving import answers
 from nanochat.serving.answers import Choice
 from nanochat.serving.chat import LEFT, check_n
-from nanochat.serving.errors import ApiError
+from nanochat.serving.errors import from_exception
 from nanochat.serving.models import Served, Service, client_of, service_of
 from nanochat.serving.schema import CompletionRequest
 from nanochat.serving.streams import DONE, EventStream, events, frame, unless_left
@@ -94,8 +94,8 @@ async def stream(
         if body.stream_options is not None and body.stream_options.include_usage:
             more = {"usage": answers.usage(tickets), "timings": answers.timings(tickets)}
             yield frame({**record, "choices": [], **more})
-    except ApiError as error:
-        yield frame(error.body)
+    except Exception as error:  # the answer has begun: it cannot have another status any more
+        yield frame(from_exception(error).body)
     finally:
         answers.count(service.metrics, served, tickets)
     yield DONE

@@ -54,14 +54,17 @@ def without_paths(message: str) -> str:
     return _PATH.sub(lambda match: match[1] or "…", message)
 
 
-def from_nanochat(error: NanochatError) -> ApiError:
-    """What a failure inside the library means to a client: 429 when it says when to come back, 400 for a wrong call."""
+def from_exception(error: Exception) -> ApiError:
+    """What a failure inside the library means to a client: 429 when it says when to come back, 400 for a wrong call,
+    and 500 for all the rest, which the log explains."""
+    if isinstance(error, ApiError):
+        return error
     retry_after = getattr(error, "retry_after", None)
     if retry_after is not None:
         return ApiError(429, str(error), code="overloaded", retry_after=float(retry_after))
     if isinstance(error, UsageError):
         return ApiError(400, without_paths(str(error)).replace("--", ""))
-    log.error("%s", error)
+    log.error("a request failed: %s", error, exc_info=None if isinstance(error, NanochatError) else error)
     return ApiError(500, "the server could not do this; its log says why", code="internal_error")
 
 
@@ -81,15 +84,11 @@ def install(app: FastAPI) -> None:
 
     async def nanochat(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, NanochatError)
-        return from_nanochat(error).response()
-
-    async def unexpected(_: Request, error: Exception) -> JSONResponse:
-        return ApiError(500, "internal error", code="internal_error").response()
+        return from_exception(error).response()
 
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(NanochatError, nanochat)
-    app.add_exception_handler(Exception, unexpected)
 
 
 def _invalid(error: RequestValidationError) -> ApiError:

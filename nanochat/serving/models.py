@@ -77,7 +77,6 @@ class Service:
             lambda: {name: asdict(served.scheduler.stats()) for name, served in self.models.items()}
         )
         self.uploads = Uploads(self.shelf, int(settings.max_upload_mb * (1 << 20)), self.metrics.uploads)
-        self.draining = False
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="serve")
 
     def start(self) -> None:
@@ -85,7 +84,6 @@ class Service:
             served.scheduler.start()
 
     def close(self) -> None:
-        self.draining = True
         for served in self.models.values():
             served.scheduler.close()
         self.uploads.close()

@@ -181,8 +181,12 @@ class SearchRequest(Strict):
     mode: Mode | None = None
 
 
-class MarkdownRequest(Strict):
-    """Text to show on the page; `citations` are those of the answer."""
+class MarkdownText(Strict):
+    """A text to show on the page; `citations`: the numbers that it may cite."""
 
     text: Annotated[str, Field(max_length=200_000)]
-    citations: Annotated[list[dict[str, Any]], Field(max_length=100)] = []
+    citations: Annotated[list[int], Field(max_length=1000)] = []
+
+
+class MarkdownRequest(Strict):
+    items: Annotated[list[MarkdownText], Field(max_length=100)]

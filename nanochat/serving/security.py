@@ -4,6 +4,7 @@
 - Origin: another site's page can neither read answers (no CORS headers) nor change anything (refused).
 - Keys: every route but /health and the page's own files needs one, where there are any.
 - Rate: a token bucket for each key, or address. Body: its size and the time it takes.
+- Errors: what nobody expected is a plain 500; the log has the rest.
 - Headers: a strict Content-Security-Policy, no sniffing, no framing, no referrer, no caching of answers.
 """
 
@@ -23,7 +24,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from nanochat.serving.errors import ApiError
+from nanochat.serving.errors import ApiError, from_exception
 from nanochat.serving.markdown import CONTENT_SECURITY_POLICY
 from nanochat.serving.settings import ServeSettings
 
@@ -100,8 +101,12 @@ class Guard:
         origin = headers.get("origin")
         shared = origin if origin in self.settings.cors_origins else None
 
+        begun = False
+
         async def dressed(message: Message) -> None:
+            nonlocal begun
             if message["type"] == "http.response.start":
+                begun = True
                 _dress(MutableHeaders(scope=message), scope["path"], shared)
             await send(message)
 
@@ -112,10 +117,12 @@ class Guard:
                 return
             body = _Body(receive, self._limit(scope), self._seconds(scope))
             body.check(headers)
-        except ApiError as error:
-            await error.response()(scope, receive, dressed)
-            return
-        await self.app(scope, body.receive, dressed)
+            await self.app(scope, body.receive, dressed)
+        except Exception as error:
+            failure = from_exception(error)
+            if begun:  # too late to say so
+                raise
+            await failure.response()(scope, receive, dressed)
 
     def _admit(self, scope: Scope, headers: Headers, shared: str | None) -> None:
         """Raises ApiError for a request that may not pass. Leaves the client's name in the scope."""

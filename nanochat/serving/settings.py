@@ -110,7 +110,7 @@ class ServeSettings:
                 raise UsageError(f"--api_key_file {self.api_key_file} holds no key")
         for key in found:
             if len(key) < MIN_KEY or not key.isascii() or not key.isprintable():
-                raise UsageError(f"an API key needs {MIN_KEY} or more plain characters: `openssl rand -hex 24` makes one")
+                raise UsageError(f"an API key needs {MIN_KEY} or more plain letters; `openssl rand -hex 24` makes one")
         return tuple(dict.fromkeys(found))
 
     @property

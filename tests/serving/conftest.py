@@ -105,3 +105,6 @@ def server(start: Callable[..., Running]) -> Running:
 def client(server: Running) -> Iterator[httpx.Client]:
     with server.client() as client:
         yield client
+
+
+from pages import browser, running_site, site, start_site, visit  # noqa: E402, F401 (fixtures of the page's tests)
