@@ -32,7 +32,7 @@ from nanochat.tasks.world import abstention
 from nanochat.tokenizer import Tokenizer
 
 _WORD = re.compile(r"\w+")
-_PRODUCED = re.compile(r"<\|cite_start\|>.*?<\|cite_end\|>|<\|assistant_end\|>", flags=re.S)
+_CITED = re.compile(r"<\|cite_start\|>.*?<\|cite_end\|>", flags=re.S)
 
 
 class SearchTask(Task, Protocol):
@@ -80,8 +80,7 @@ def _words(text: str) -> list[str]:
 def judge(conversation: dict[str, Any], completion: str) -> bool:
     """Whether the answer (special tokens by name; calls and results may stand before it) is exactly one of the gold
     answers, or the gold sentence; an abstention where nothing answers the question."""
-    said = completion.rpartition("<|result_end|>")[2]
-    said = _PRODUCED.sub(" ", said).strip()
+    said = _CITED.sub(" ", completion.rpartition("<|result_end|>")[2]).strip()
     if conversation["abstain"]:
         return is_abstention(said)
     gold = [*conversation["answers"], conversation["sentence"]]

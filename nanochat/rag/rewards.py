@@ -13,7 +13,7 @@ relevance    share of the gold documents that were found; where there are none: 
 efficiency   of a right answer only: 1 less what went into calls and tokens that it did not need
 citation     F1 of the documents that a right answer cites with the gold ones
 honesty      1 for a right answer, 0.5 for "I do not know" where there was an answer, 0 for a wrong one
-format       1 when the model ended by itself, every query and citation is well-formed, and there is one answer
+format       1 when the model ended by itself, and every query and citation and the answer are well-formed
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class Sample:
     right: bool  # in the judgement of the task
     documents: tuple[Document, ...] = ()  # that it was shown; citation n names documents[n - 1]
     calls: tuple[str, ...] = ()  # queries and expressions, in order
-    failed_calls: int = 0  # of these, how many were empty, or gave no result at all
+    failed_calls: int = 0  # of these, how many were empty or gave no value
+    forged: int = 0  # special tokens that only others may write, such as the beginning of a result
     n_tokens: int = 0  # that it produced
     max_tokens: int = 0
     max_calls: int = 0
@@ -108,7 +109,7 @@ def honesty(sample: Sample) -> float:
 
 def form(sample: Sample) -> float:
     said = bool(sample.answer.text) or sample.answer.abstained
-    well_formed = not sample.failed_calls and not sample.answer.invalid
+    well_formed = not (sample.failed_calls or sample.forged or sample.answer.invalid)
     return float(sample.finish_reason == "stop" and said and well_formed)
 
 

@@ -70,8 +70,7 @@ class Arithmetic:
 
     def evaluate(self, conversation: dict[str, Any], completion: str) -> bool:
         """Whether what stands behind the last tool output (or all of it) is the number, and nothing else."""
-        said = completion.rpartition("<|tool_output_end|>")[2].replace("<|assistant_end|>", "")
-        return said.strip() == conversation["answers"][0]
+        return completion.rpartition("<|tool_output_end|>")[2].strip() == conversation["answers"][0]
 
 
 def evaluate_expression(text: str) -> int:

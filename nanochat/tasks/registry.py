@@ -9,6 +9,7 @@ from nanochat.data.corpus import open_world
 from nanochat.data.spec import nearest, read_options, split_spec
 from nanochat.errors import UsageError
 from nanochat.tasks.arc import ARC
+from nanochat.tasks.arithmetic import Arithmetic
 from nanochat.tasks.conversations import own_conversations
 from nanochat.tasks.gsm8k import GSM8K
 from nanochat.tasks.humaneval import HumanEval
@@ -44,6 +45,10 @@ TASKS: dict[str, Entry] = {
     ),
     "world-unanswerable": Entry(_of_world(WorldUnanswerable), {**_DRAWN, "n": int}),
     "world-chat": Entry(_of_world(WorldDialogues), {**_DRAWN, "n": int, "style": str}),
+    "arithmetic": Entry(
+        Arithmetic,
+        {"seed": int, "n": int, "digits": int, "terms": int, "operations": str, "tool": int, "part": str},
+    ),
     "smoltalk": Entry(SmolTalk, {**_ROWS, "split": str}),
     "mmlu": Entry(MMLU, {**_ROWS, "split": str, "subject": str}),
     "arc": Entry(ARC, {**_ROWS, "split": str, "subset": str}),
