@@ -166,7 +166,7 @@ class Tokenizer:
         return path
 
     def _hf_record(self) -> dict[str, Any]:
-        letters = _byte_letters()
+        letters = byte_letters()
         spelled = ["".join(letters[byte] for byte in token) for token in self._tokens[: self._n_ranks]]
         merges = []
         for token, text in zip(self._tokens[: self._n_ranks], spelled):
@@ -327,7 +327,7 @@ def _canonical_hash(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _byte_letters() -> list[str]:
+def byte_letters() -> list[str]:
     """GPT-2's printable letter for each byte (Radford et al. 2019), as Hugging Face's ByteLevel spells tokens."""
     printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)}
     others = iter(range(256, 512))
