@@ -6,6 +6,8 @@ rag_gold       with the documents that state the answer, and no others
 rag_shuffled   with documents found for another question: who still answers, does not read
 no_documents   with an empty block of documents
 
+and, by `refrag.py`, where the model searches on its own before it answers: refrag, refrag_shuffled.
+
 What is counted, a question at a time:
 
 right          `grading.is_right`: the gold answer, or a sentence that restates it and names nothing else
@@ -22,7 +24,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -42,7 +44,7 @@ from nanochat.evaluation.rag_questions import (
     prompt_tokens,
     with_own_ids,
 )
-from nanochat.evaluation.rag_result import CONDITIONS, Column, Judged, RagResult, summarize
+from nanochat.evaluation.rag_result import CONDITIONS, HEADINGS, SEARCHING, Column, Judged, RagResult, summarize
 from nanochat.intervals import Metric, exact
 from nanochat.model.lm import LM
 from nanochat.rag import support
@@ -54,7 +56,7 @@ from nanochat.retrieval.document import Document, Embedder
 from nanochat.runtime import log
 from nanochat.tokenizer import Tokenizer
 
-UNANSWERABLE_TOO = ("closed_book", "rag")  # the others ask what the absence or presence of the answer changes
+UNANSWERABLE_TOO = ("closed_book", "rag", "refrag")  # the others ask what the absence or presence of the answer changes
 GREEDY = Sampling(max_tokens=64, temperature=0.0)
 
 
@@ -107,23 +109,27 @@ def measure_rag(
     questions: Sequence[RagQuestion],
     options: Options = Options(),
     conditions: Sequence[str] = tuple(CONDITIONS),
+    asker: Callable[..., Asker] | None = None,
 ) -> RagResult:
     """Ask all questions under the conditions. Questions that nothing answers are asked closed book and with RAG only.
 
-    knowledge: what is searched; None: each question brings its documents. Under torchrun each rank takes its share of
-    the questions and gets the result of all. Everything is checked before the model generates: raises UsageError for
-    questions that cannot be asked, NanochatError when no question finds any document."""
+    knowledge: what is searched; None: each question brings its documents. asker: puts the questions (default: `Asker`).
+    Under torchrun each rank takes its share of the questions and gets the result of all. Everything is checked before
+    the model generates: raises UsageError for questions that cannot be asked, NanochatError when no question finds any
+    document."""
+    known = CONDITIONS if asker is None else HEADINGS
     for name in conditions:
-        if name not in CONDITIONS:
-            raise UsageError(f"unknown condition {name!r}: there is {', '.join(CONDITIONS)}")
+        if name not in known:
+            raise UsageError(f"unknown condition {name!r}: there is {', '.join(known)}")
     if options.top_k < 1:
         raise UsageError(f"--top_k {options.top_k}: must be at least 1")
     room = min(options.sampling.max_tokens, model.config.sequence_len // 4)
     check_questions(questions, knowledge, tokenizer, model.config.sequence_len, room)
     if knowledge is None:
         questions = [with_own_ids(question) for question in questions]
-    asker = Asker(model, tokenizer, knowledge, questions, options, room)
-    return RagResult({c: asker.column(c) for c in CONDITIONS if c in conditions})
+    asking = (asker or Asker)(model, tokenizer, knowledge, questions, options, room)
+    multihop = not SEARCHING.keys().isdisjoint(conditions)
+    return RagResult({c: asking.column(c) for c in known if c in conditions}, multihop)
 
 
 class Asker:
@@ -167,7 +173,7 @@ class Asker:
             return Column({}, [])
         rank, world = runtime.rank(), runtime.world_size()
         mine = numbers[rank::world]
-        bar = tqdm(total=len(mine), desc=CONDITIONS[condition], unit="question",
+        bar = tqdm(total=len(mine), desc=HEADINGS[condition], unit="question",
                    disable=not self.options.progress or rank > 0)  # fmt: skip
         began = time.perf_counter()
         judged: list[Judged] = []
@@ -180,7 +186,7 @@ class Asker:
         n_cut = sum(j.cut for j in everyone)
         if n_cut:
             log.warning("%s: in %d of %d prompts documents were shortened or left out to fit",
-                        CONDITIONS[condition], n_cut, len(everyone))  # fmt: skip
+                        HEADINGS[condition], n_cut, len(everyone))  # fmt: skip
         metrics = summarize(everyone, condition, self.options.seed)
         return Column(metrics | self.latency(condition, numbers), everyone, seconds)
 
@@ -219,14 +225,20 @@ class Asker:
             return gold_documents(question, self.knowledge)
         if condition == "no_documents":
             return []
-        draws = Draws(mix(mix(0x5417, self.options.seed), number))
         own = {d.text for d in gold_documents(question, self.knowledge)}
-        for _ in range(50):
-            other = draws.below(len(self.questions))
+        for other in self.others(number):
             wrong = [d for d in self.found[other] if d.id not in question.gold and d.text not in own]
-            if other != number and wrong:
+            if wrong:
                 return wrong
         return [d for d in self.found[number] if d.id not in question.gold and d.text not in own]
+
+    def others(self, number: int) -> Iterator[int]:
+        """Other questions, by lot."""
+        draws = Draws(mix(mix(0x5417, self.options.seed), number))
+        for _ in range(50):
+            other = draws.below(len(self.questions))
+            if other != number:
+                yield other
 
     def judge(self, condition: str, number: int, p: Prepared, answer: Answer) -> Judged:
         q, text = p.question, answer.text
@@ -260,7 +272,7 @@ class Asker:
         if not p.documents:
             return 0.0 if answer.abstained else 1.0
         more: dict[str, Any] = {}
-        if self.options.contrast:
+        if self.options.contrast and p.messages[0]["role"] == "retrieval":  # documents in front of the question
             more = {"model": self.model, "tokenizer": self.tokenizer, "messages": p.messages}
         return support.hallucination_score(
             answer, p.documents, question=p.question.question, embedder=self.options.embedder, **more

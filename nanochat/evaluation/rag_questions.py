@@ -23,16 +23,20 @@ LEAST_ROOM = 32  # tokens that a prompt must leave for documents
 # ---- the tiny world
 
 
-def world_questions(world: World, n: int = 500, n_unanswerable: int = 500, seed: int = 0) -> list[RagQuestion]:
+def world_questions(
+    world: World, n: int = 500, n_unanswerable: int = 500, seed: int = 0, hops: Sequence[int] = (1,)
+) -> list[RagQuestion]:
     """`n` questions about new entities, three of four from the part that training may use, one from the held-out part
-    (as the entities themselves are divided), and `n_unanswerable` that no document answers: by turns a relation that no
-    document states and a name that nobody bears. Gold documents are those of wording 0.
+    (as the entities themselves are divided), with each number of hops by turns; and `n_unanswerable` that no document
+    answers: by turns a relation that no document states and a name that nobody bears. Gold documents are those of
+    wording 0.
 
     Raises UsageError for a world without so many questions."""
     if not world.n_new:
         raise UsageError("world: new=0 leaves no new entity to ask about; give at least 40")
     parts = ("train", "heldout")
-    answerable = list(islice(_by_turns([world.questions(1, "new", part, seed, n) for part in parts]), n))
+    some = [_by_turns([world.questions(h, "new", part, seed, n) for part in parts]) for h in hops]
+    answerable = list(islice((q for group in zip(*some) for q in group), n))
     absent = _by_turns([world.unanswerable("new", part, seed, n_unanswerable) for part in parts])
     if len(answerable) < n:
         enough = world.n_new * n // max(1, len(answerable)) + 10

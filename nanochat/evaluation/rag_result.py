@@ -17,6 +17,8 @@ CONDITIONS = {
     "rag_shuffled": "shuffled documents",
     "no_documents": "no documents",
 }
+SEARCHING = {"refrag": "REFRAG", "refrag_shuffled": "REFRAG, shuffled"}  # the model searches on its own
+HEADINGS = {**SEARCHING, **CONDITIONS}
 
 
 class Judged(NamedTuple):
@@ -40,6 +42,7 @@ class Judged(NamedTuple):
     supported: bool  # right, and a document that it cites states it (any document where it cites none)
     score: float  # rag.support's hallucination score, to be compared with that
     cut: bool
+    queries: int = 0  # searches that the model made itself
 
 
 @dataclass(frozen=True)
@@ -53,26 +56,33 @@ class Column:
 
 @dataclass(frozen=True)
 class RagResult:
-    """The columns by condition."""
+    """The columns by condition. `multihop`: the model could search on its own, and `rag` is the one search that it is
+    compared with."""
 
     columns: dict[str, Column]
+    multihop: bool = False
 
     def metrics(self, new: bool = True) -> dict[str, Metric]:
         """Flat names: `rag_em`, `rag_gold_em`, …; those about RAG's errors without a prefix (`hallucination_rate`,
         `citation_precision`, `citation_recall`, `abstain_unanswerable`, `retrieval_recall`). new: the questions are
-        about what no training told, and closed book is named `closed_book_new`."""
+        about what no training told, and closed book is named `closed_book_new`. With `multihop` it is `refrag_em`,
+        `refrag_all_gold_recall`, …, and `multihop_one_shot_em` for RAG, whose names all have that prefix then."""
         found: dict[str, Metric] = {}
+        prefixes = {"closed_book": "closed_book_new"} if new else {}
+        if self.multihop:
+            prefixes["rag"] = "multihop_one_shot"
         for condition, column in self.columns.items():
-            prefix = "closed_book_new" if condition == "closed_book" and new else condition
+            prefix = prefixes.get(condition, condition)
             for name, metric in column.metrics.items():
-                bare = condition == "rag" and name in PLAIN
+                bare = condition == prefix == "rag" and name in PLAIN
+                name = "all_gold_recall" if self.multihop and name == "retrieval_all_gold" else name
                 found[name if bare else f"{prefix}_{name}"] = metric
         return found
 
     def table(self) -> str:
         """A column a condition, a row a metric: value and 95% interval."""
         names = [name for name in ROWS if any(name in c.metrics for c in self.columns.values())]
-        rows = [["", *(CONDITIONS[condition] for condition in self.columns)]]
+        rows = [["", *(HEADINGS[condition] for condition in self.columns)]]
         rows += [[ROWS[name], *(_cell(c.metrics.get(name)) for c in self.columns.values())] for name in names]
         rows.append(["questions", *(str(len(c.judged)) for c in self.columns.values())])
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -95,6 +105,9 @@ class RagResult:
 
 ROWS = {
     "em": "right answer",
+    "em_1_hops": "  one hop",
+    "em_2_hops": "  two hops",
+    "em_3_hops": "  three hops",
     "f1": "token F1",
     "hallucination_rate": "hallucination",
     "abstain_answerable": "abstains, answerable",
@@ -107,6 +120,7 @@ ROWS = {
     "answer_in_prompt": "answer in prompt",
     "support_auc": "support score, AUC",
     "support_ece": "support score, ECE",
+    "queries": "searches a question",
     "retrieval_ms": "search, ms",
     "latency_ms": "answer, ms",
 }
@@ -124,12 +138,15 @@ def summarize(judged: Sequence[Judged], condition: str, seed: int = 0) -> dict[s
     found: dict[str, Metric] = {"hallucination_rate": share(sum(j.hallucinated for j in judged), len(judged))}
     if answerable:
         found["em"] = share(sum(j.right for j in answerable), len(answerable))
+        found |= by_hops(answerable)
         found["f1"] = mean([j.f1 for j in answerable], seed)
         found["abstain_answerable"] = share(sum(j.abstained for j in answerable), len(answerable))
     if others:
         found["abstain_unanswerable"] = share(sum(j.abstained for j in others), len(others))
     if condition in ("closed_book", "no_documents"):
         return found
+    if condition in SEARCHING:
+        found["queries"] = mean([float(j.queries) for j in judged], seed)
     found |= parts("citation_precision", [(j.right_citations, j.citations) for j in given], seed)
     found |= parts("citation_recall", [(j.cited_sentences, j.sentences) for j in given], seed)
     known = [j for j in answerable if j.question.gold]
@@ -141,10 +158,21 @@ def summarize(judged: Sequence[Judged], condition: str, seed: int = 0) -> dict[s
         found["always_cite_first"] = share(sum(j.first for j in answerable), len(answerable))
         found["answer_in_prompt"] = share(sum(j.answer_found for j in answerable), len(answerable))
     labels = [j.supported for j in given]
-    if condition == "rag" and any(labels) and not all(labels):
+    if condition in ("rag", "refrag") and any(labels) and not all(labels):
         quality = reliability([1 - j.score for j in given], labels)
         found |= {"support_auc": exact(quality.auc, quality.n), "support_ece": exact(quality.ece, quality.n)}
     return found
+
+
+def by_hops(judged: Sequence[Judged]) -> dict[str, Metric]:
+    """Right answers by the number of gold documents, where it is not the same for all questions."""
+    groups: dict[int, list[bool]] = {}
+    for j in judged:
+        groups.setdefault(len(set(j.question.gold)), []).append(j.right)
+    groups.pop(0, None)  # gold documents are not known
+    if len(groups) < 2:
+        return {}
+    return {f"em_{n}_hops": share(sum(right), len(right)) for n, right in sorted(groups.items())}
 
 
 def parts(name: str, pairs: Sequence[tuple[int, int]], seed: int) -> dict[str, Metric]:

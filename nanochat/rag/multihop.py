@@ -33,6 +33,7 @@ class Hop(NamedTuple):
     hits: tuple[Hit, ...]  # those chosen to be shown, best first
     documents: tuple[Document, ...]  # what the model sees of them: joined by source and cut to fit
     first: int = 1  # the number of the first of them
+    cut: bool = False  # documents were shortened or left out to fit
 
 
 class Asking(NamedTuple):
@@ -122,9 +123,10 @@ class SearchTool:
         chosen = tuple(new if self.select is None else self.select(asking, new))[: self.top_k]
         documents = distinct(aggregate([hit.document for hit in chosen]))
         first = n_shown(asking.hops) + 1
+        trimmed = dropped = 0
         if request.max_tokens and self.tokenizer is not None:
-            documents, _, _ = fit(documents, self.tokenizer, request.max_tokens, first)
-        hop = Hop(query, chosen, tuple(documents), first)
+            documents, trimmed, dropped = fit(documents, self.tokenizer, request.max_tokens, first)
+        hop = Hop(query, chosen, tuple(documents), first, bool(trimmed or dropped))
         last = self.stop is not None and self.stop(asking._replace(hops=(*asking.hops, hop)))
         return Result([result_part(documents, first)], hop, last)
 
