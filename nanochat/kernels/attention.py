@@ -3,7 +3,12 @@
 Letters: B batch, T query time, S source (key) positions, H heads, G key/value heads (G divides H), P head width.
 
 A query at absolute position i sees the keys j with j <= i, j > i - window (when window > 0), j < lengths, and only
-those of its own document.
+those of its own document. No implementation but the oracle makes a mask of T x S: windows become blocks, documents
+rows of their own, and where only a mask can say what is seen it is made for QUERIES queries at a time.
+
+    flash   FlashAttention or torch's own copy of it (flash.py): half precision on a GPU
+    flex    torch's compiled block masks: documents and windows inside of torch.compile on a GPU
+    sdpa    everything else, on any device
 """
 
 from typing import Any
@@ -13,12 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nanochat.kernels import flash
 from nanochat.kernels.dispatch import choose
-from nanochat.kernels.segments import resets
+from nanochat.kernels.segments import document_starts
 
 # documents share a batch when the shorter is at least SIMILAR times as long, or when none is longer than SHORT
 SIMILAR, SHORT = 0.7, 32
 WINDOW_MIN = 32  # blocks of fewer queries do not pay
+QUERIES = 256  # that share a mask
 
 
 def attention(
@@ -39,8 +46,21 @@ def attention(
     row are valid. `segments_BT` (int) numbers documents; what lies before `start` belongs to the first query's
     document. `window`: 0 sees everything before. `scale`: 1 / sqrt(P) when None. A query that sees nothing gets zeros.
     """
-    op = choose("attention", ATTENTION, "sdpa")
+    default, reason = _default(q_BTHP, window, segments_BT)
+    op = choose("attention", ATTENTION, default, q_BTHP, reason)
     return op(q_BTHP, k_BSGP, v_BSGP, segments_BT, window, lengths, start, scale)
+
+
+def _default(q_BTHP: Tensor, window: int, segments_BT: Tensor | None) -> tuple[str, str]:
+    """The implementation for such a call, and why."""
+    if q_BTHP.device.type != "cuda":
+        return "sdpa", ""
+    if torch.compiler.is_compiling() and (window or segments_BT is not None):
+        return "flex", "block masks inside of torch.compile"
+    if q_BTHP.dtype not in (torch.bfloat16, torch.float16):
+        return "sdpa", f"FlashAttention takes no {str(q_BTHP.dtype)[6:]}"
+    package, reason = flash.find(str(q_BTHP.device), q_BTHP.shape[3])
+    return ("flash" if package else "sdpa"), reason
 
 
 def attention_ref(
@@ -74,20 +94,23 @@ def visible(
     window: int = 0,
     lengths: Tensor | None = None,
     start: Tensor | None = None,
+    rows: slice = slice(None),
+    keys: slice = slice(None),
 ) -> Tensor:
-    """Which keys each query sees: bool, (B or 1, T, S)."""
+    """Which of the `keys` each of the query `rows` sees: bool, (B or 1, T, S)."""
     n_batch, n_time = queries
     at = torch.arange(n_time, device=device)[None]
     at = at + (n_source - n_time if start is None else start.to(device)[:, None])
-    key = torch.arange(n_source, device=device)
+    key = torch.arange(n_source, device=device)[keys]
+    first, at = at[:, :1], at[:, rows]
     mask_BTS = key <= at[:, :, None]
     if window > 0:
         mask_BTS = mask_BTS & (key > at[:, :, None] - window)
     if lengths is not None:
         mask_BTS = mask_BTS & (key < lengths.to(device)[:, None, None])
     if segments_BT is not None:
-        source = (key - at[:, :1]).clamp(0, n_time - 1).expand(n_batch, -1)
-        mask_BTS = mask_BTS & (segments_BT[:, :, None] == segments_BT.gather(1, source)[:, None, :])
+        source = (key - first).clamp(0, n_time - 1).expand(n_batch, -1)
+        mask_BTS = mask_BTS & (segments_BT[:, rows, None] == segments_BT.gather(1, source)[:, None, :])
     return mask_BTS
 
 
@@ -102,8 +125,7 @@ def _attention_sdpa(
     scale: float | None = None,
 ) -> Tensor:
     """Fused attention, without a mask wherever the shape of what is seen allows it."""
-    n_batch, n_time = q_BTHP.shape[:2]
-    n_source = k_BSGP.shape[1]
+    n_time, n_source = q_BTHP.shape[1], k_BSGP.shape[1]
     window = 0 if window >= n_source else window
     if start is None and lengths is None:
         if n_time == 1:  # the last position sees the last `window` keys
@@ -113,10 +135,8 @@ def _attention_sdpa(
         if n_time == n_source:
             if segments_BT is None:
                 return _causal(q_BTHP, k_BSGP, v_BSGP, window, scale)
-            if q_BTHP.device.type == "cpu":
-                return _packed(q_BTHP, k_BSGP, v_BSGP, segments_BT, window, scale)
-    mask_BTS = visible((n_batch, n_time), n_source, q_BTHP.device, segments_BT, window, lengths, start)
-    return _sdpa(q_BTHP, k_BSGP, v_BSGP, scale, mask=mask_BTS[:, None])
+            return _packed(q_BTHP, k_BSGP, v_BSGP, segments_BT, window, scale)
+    return _masked(q_BTHP, k_BSGP, v_BSGP, segments_BT, window, lengths, start, scale)
 
 
 def _sdpa(
@@ -134,13 +154,38 @@ def _sdpa(
     return y.transpose(1, 2)
 
 
+def _masked(
+    q_BTHP: Tensor,
+    k_BSGP: Tensor,
+    v_BSGP: Tensor,
+    segments_BT: Tensor | None,
+    window: int,
+    lengths: Tensor | None,
+    start: Tensor | None,
+    scale: float | None,
+) -> Tensor:
+    """A mask for QUERIES queries at a time, over the keys that they can reach."""
+    n_batch, n_time = q_BTHP.shape[:2]
+    n_source = k_BSGP.shape[1]
+    ys = []
+    for begin in range(0, n_time, QUERIES):
+        rows = slice(begin, min(begin + QUERIES, n_time))
+        keys = slice(0, n_source)
+        if start is None:  # rows alike: what lies behind the last query, or too far before the first, is never seen
+            past = n_source - n_time
+            keys = slice(max(0, past + begin - window + 1) if window else 0, past + rows.stop)
+        mask = visible((n_batch, n_time), n_source, q_BTHP.device, segments_BT, window, lengths, start, rows, keys)
+        ys.append(_sdpa(q_BTHP[:, rows], k_BSGP[:, keys], v_BSGP[:, keys], scale, mask=mask[:, None]))
+    return ys[0] if len(ys) == 1 else torch.cat(ys, 1)
+
+
 def _causal(q_BTHP: Tensor, k_BTGP: Tensor, v_BTGP: Tensor, window: int, scale: float | None) -> Tensor:
     """Queries and keys of the same positions: no mask, or blocks of `window` queries against twice as many keys."""
     n_batch, n_time, n_head, n_width = q_BTHP.shape
     if not 0 < window < n_time:
         return _sdpa(q_BTHP, k_BTGP, v_BTGP, scale, is_causal=True)
     if n_time < 3 * window or window < WINDOW_MIN:
-        return _sdpa(q_BTHP, k_BTGP, v_BTGP, scale, mask=visible((1, n_time), n_time, q_BTHP.device, window=window))
+        return _masked(q_BTHP, k_BTGP, v_BTGP, None, window, None, None, scale)
     n_block = -(-n_time // window)
     pad = (0, 0, 0, 0, 0, n_block * window - n_time)  # keys behind every query
     q, k, v = (F.pad(x, pad).view(n_batch, n_block, window, -1, n_width) for x in (q_BTHP, k_BTGP, v_BTGP))
@@ -183,10 +228,8 @@ def _document_groups(segments_BT: Tensor) -> tuple[list[tuple[int, int]], Tensor
     """
     n_batch, n_time = segments_BT.shape
     device = segments_BT.device
-    first_BT = resets(segments_BT)
-    first_BT[:, 0] = True
-    start = torch.nonzero(first_BT.view(-1))[:, 0]
-    lengths, order = torch.diff(start, append=start.new_full((1,), n_batch * n_time)).sort(descending=True)
+    start = document_starts(segments_BT)
+    lengths, order = start.diff().sort(descending=True)
     start, sizes = start[order], lengths.tolist()
     groups, padded, begin = [], [], 0
     while begin < len(sizes):
@@ -238,4 +281,50 @@ class _Scatter(torch.autograd.Function):
         return out.index_copy_(0, ctx.saved_tensors[0], grad), None
 
 
-ATTENTION = {"sdpa": _attention_sdpa, "ref": attention_ref}
+def _attention_flash(
+    q_BTHP: Tensor,
+    k_BSGP: Tensor,
+    v_BSGP: Tensor,
+    segments_BT: Tensor | None = None,
+    window: int = 0,
+    lengths: Tensor | None = None,
+    start: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    if not flash.takes(q_BTHP, k_BSGP, segments_BT, lengths, start):
+        return _attention_sdpa(q_BTHP, k_BSGP, v_BSGP, segments_BT, window, lengths, start, scale)
+    return flash.attention(q_BTHP, k_BSGP, v_BSGP, segments_BT, window, start, scale)
+
+
+def _attention_flex(
+    q_BTHP: Tensor,
+    k_BSGP: Tensor,
+    v_BSGP: Tensor,
+    segments_BT: Tensor | None = None,
+    window: int = 0,
+    lengths: Tensor | None = None,
+    start: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """For use inside of torch.compile, which fuses the making of the block mask; run eagerly it holds all scores."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    n_batch, n_time = q_BTHP.shape[:2]
+    if n_time != k_BSGP.shape[1] or lengths is not None or start is not None:
+        return _attention_sdpa(q_BTHP, k_BSGP, v_BSGP, segments_BT, window, lengths, start, scale)
+
+    def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        mask = j <= i
+        if window:
+            mask = mask & (j > i - window)
+        return mask if segments_BT is None else mask & (segments_BT[b, i] == segments_BT[b, j])
+
+    rows = None if segments_BT is None else n_batch
+    blocks = create_block_mask(seen, rows, None, n_time, n_time, device=q_BTHP.device)
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHP, k_BSGP, v_BSGP))
+    y = flex_attention(q, k, v, block_mask=blocks, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    assert isinstance(y, Tensor)
+    return y.transpose(1, 2)
+
+
+ATTENTION = {"sdpa": _attention_sdpa, "flash": _attention_flash, "flex": _attention_flex, "ref": attention_ref}

@@ -46,7 +46,8 @@ MIN_CAPABILITY = (8, 0)  # Ampere: bf16 in hardware
 def choose(op: str, table: Mapping[str, Op], default: str, like: Tensor | None = None, unfit: str = "") -> Op:
     """The implementation of `op` for tensors such as `like` (None: the default, unless the environment says else).
 
-    `unfit`: why the Triton kernel cannot take this very call (empty: it can). Raises UsageError when
+    `unfit`: why the Triton kernel cannot take this very call (empty: it can), or of an operation that has none, why
+    the default is what it is. Raises UsageError when
     `NANOCHAT_KERNEL_<OP>` names no implementation, or one that cannot run here.
     """
     device = "cpu" if like is None or like.device.type != "cuda" else str(like.device)
@@ -67,7 +68,7 @@ def _decide(op: str, names: tuple[str, ...], default: str, device: str, unfit: s
             _insist(variable, device, unfit)
         return _log(op, named, f"by {variable}")
     if device == "cpu" or "triton" not in names:
-        return _log(op, default, "")
+        return _log(op, default, "" if device == "cpu" else unfit)
     problem = unfit or triton_problem(device) or check_problem(op, device)
     return _log(op, default, problem, logging.WARNING) if problem else _log(op, "triton", "checked on this GPU")
 

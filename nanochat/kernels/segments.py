@@ -31,6 +31,14 @@ def last_document(tail_BKE: Tensor, segments_BT: Tensor) -> Tensor:
     return tail_BKE * inside_BK[:, :, None].to(tail_BKE.dtype)
 
 
+def document_starts(segments_BT: Tensor) -> Tensor:
+    """(documents + 1,): where each document of the rows laid end to end begins, and the end of the last."""
+    first_BT = resets(segments_BT)
+    first_BT[:, 0] = True
+    start = torch.nonzero(first_BT.view(-1))[:, 0]
+    return torch.cat((start, start.new_full((1,), segments_BT.numel())))
+
+
 def padding(lengths: Tensor, n_time: int) -> Tensor:
     """(B, T) bool: True at positions beyond a row's length."""
     return torch.arange(n_time, device=lengths.device) >= lengths[:, None]

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from kernel_cases import LENGTHS, compare, documents, leaves
 from torch import Tensor
 
+from nanochat.kernels import attention as kernels
 from nanochat.kernels.attention import attention, attention_ref
 
 
@@ -84,3 +85,29 @@ def test_a_query_that_sees_nothing_gets_zeros() -> None:
     q, k, v = inputs(1, 2, 4)
     y = attention(q, k, v, start=torch.tensor([2]), window=1, lengths=torch.tensor([2]))
     assert y.abs().sum() == 0
+
+
+@pytest.mark.parametrize("window", [0, 7, 60])
+@pytest.mark.parametrize("options", [{}, {"start": torch.tensor([0, 40])}, {"lengths": torch.tensor([90, 3])}])
+def test_a_mask_for_a_few_queries_at_a_time(
+    window: int, options: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "QUERIES", 16)
+    tensors = leaves(inputs(2, 50, 90), torch.float32)
+    compare(attention, attention_ref, tensors, 1e-5, window=window, **options)
+    q, k, v = inputs(2, 90, 90)  # a window too long for blocks
+    wanted, masks, visible = attention_ref(q, k, v, window=60), [], kernels.visible
+    monkeypatch.setattr(kernels, "visible", lambda *x, **k: masks.append(visible(*x, **k)) or masks[-1])
+    torch.testing.assert_close(attention(q, k, v, window=60), wanted)
+    assert max(mask.shape[1] for mask in masks) == 16
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("packed", [0, 30])
+@pytest.mark.parametrize("window", [0, 5])
+def test_block_masks(packed: int, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOCHAT_KERNEL_ATTENTION", "flex")
+    options = {"segments_BT": documents(2, 40, packed)} if packed else {}
+    q, k, v = (x.detach().float() for x in inputs(2, 40, 40))
+    found = attention(q, k, v, window=window, **options)
+    torch.testing.assert_close(found, attention_ref(q, k, v, window=window, **options))
