@@ -5,6 +5,7 @@
 Letters: B batch, T time, E inner width, K kernel width. The state is the last K-1 inputs, oldest first: (B, K-1, E).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from nanochat.kernels.dispatch import choose
 from nanochat.kernels.segments import resets, state_dtype
 
+MAX_TAPS = 4  # of the Triton kernel, which keeps the inputs under the window in registers
 BLOCK = 1 << 18  # elements of a few rows that stay in a CPU's cache while the taps pass over them
 
 
@@ -33,7 +35,8 @@ def causal_conv(
     window never reaches into an earlier one. `lengths` (B,): rows are right-padded, the returned state holds the last
     K-1 inputs before position `lengths`.
     """
-    op = choose("causal_conv", CAUSAL_CONV, "shifted")
+    unfit = f"more than {MAX_TAPS} taps" if weight_EK.shape[1] > MAX_TAPS else ""
+    op = choose("causal_conv", CAUSAL_CONV, "shifted", x_BTE, unfit)
     return op(x_BTE, weight_EK, bias_E, state, segments_BT, lengths, activation)
 
 
@@ -66,6 +69,13 @@ def causal_conv_step(
     x_BE: Tensor, weight_EK: Tensor, bias_E: Tensor | None, state: Tensor, activation: bool = True
 ) -> Tensor:
     """One token of decoding, no gradient: shifts `state` (B, K-1, E) in place and returns `y_BE`."""
+    op = choose("causal_conv_step", CAUSAL_CONV_STEP, "torch", x_BE)
+    return op(x_BE, weight_EK, bias_E, state, activation)
+
+
+def _causal_conv_step_torch(
+    x_BE: Tensor, weight_EK: Tensor, bias_E: Tensor | None, state: Tensor, activation: bool = True
+) -> Tensor:
     window_BKE = torch.cat((state, x_BE[:, None].to(state.dtype)), 1)
     state.copy_(window_BKE[:, 1:])
     y_BE = window_BKE.mul_(weight_EK.t().contiguous()).sum(1).to(x_BE.dtype)
@@ -88,6 +98,17 @@ def _final_state(padded: Tensor, n_kernel: int, lengths: Tensor | None) -> Tenso
     return padded.gather(1, index[:, :, None].expand(-1, -1, padded.shape[2]))
 
 
+def final_state(x_BTE: Tensor, past: Tensor, lengths: Tensor | None) -> Tensor:
+    """The last K-1 inputs of each row, (B, K-1, E), given those before it, `past`; nothing else is copied."""
+    n_time, n_past = x_BTE.shape[1], past.shape[1]
+    if lengths is None:
+        return torch.cat((past[:, n_time:], x_BTE[:, max(0, n_time - n_past) :]), 1)
+    index = lengths[:, None, None] + torch.arange(n_past, device=x_BTE.device)[:, None]
+    index = index.expand(-1, -1, x_BTE.shape[2]).to(torch.int64)
+    before, inside = past.gather(1, index.clamp(max=n_past - 1)), x_BTE.gather(1, (index - n_past).clamp(min=0))
+    return torch.where(index < n_past, before, inside)
+
+
 def _causal_conv_shifted(
     x_BTE: Tensor,
     weight_EK: Tensor,
@@ -97,13 +118,11 @@ def _causal_conv_shifted(
     lengths: Tensor | None = None,
     activation: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    n_kernel, n_time = weight_EK.shape[1], x_BTE.shape[1]
+    n_kernel = weight_EK.shape[1]
     past = x_BTE.new_zeros(x_BTE.shape[0], n_kernel - 1, x_BTE.shape[2]) if state is None else state.to(x_BTE.dtype)
     inside = None if segments_BT is None else _inside(segments_BT, n_kernel).to(state_dtype(x_BTE.dtype))
     y_BTE = _ShiftedConv.apply(x_BTE, weight_EK, bias_E, past, inside, activation)
-    if lengths is None and n_time >= n_kernel - 1:
-        return y_BTE, x_BTE[:, n_time - (n_kernel - 1) :].clone()
-    return y_BTE, _final_state(torch.cat((past, x_BTE), 1), n_kernel, lengths)
+    return y_BTE, final_state(x_BTE, past, lengths)
 
 
 def _inside(segments_BT: Tensor, n_kernel: int) -> Tensor:
@@ -177,4 +196,24 @@ def _row_blocks(x_BTE: Tensor) -> list[slice]:
     return [slice(i, i + step) for i in range(0, n_batch, step)]
 
 
-CAUSAL_CONV = {"shifted": _causal_conv_shifted, "ref": causal_conv_ref}
+def _causal_conv_triton(*inputs: Any) -> tuple[Tensor, Tensor]:
+    from nanochat.kernels import triton_conv
+
+    return triton_conv.causal_conv(*inputs)
+
+
+def _causal_conv_step_triton(*inputs: Any) -> Tensor:
+    from nanochat.kernels import triton_decode
+
+    return triton_decode.causal_conv_step(*inputs)
+
+
+CAUSAL_CONV: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "shifted": _causal_conv_shifted,
+    "triton": _causal_conv_triton,
+    "ref": causal_conv_ref,
+}
+CAUSAL_CONV_STEP: dict[str, Callable[..., Tensor]] = {
+    "torch": _causal_conv_step_torch,
+    "triton": _causal_conv_step_triton,
+}

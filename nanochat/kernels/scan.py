@@ -10,9 +10,11 @@ Products of decays are never formed in log space: with a large delta that loses 
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -22,6 +24,7 @@ from nanochat.kernels.segments import padding, resets, state_dtype
 # Steps between saved states: long enough to hide the cost of a call, short enough for three buffers in cache.
 CHUNK_MIN, CHUNK_MAX, CHUNK_ELEMENTS = 16, 32, 1 << 20
 STEP_ELEMENTS = 1 << 15  # states of the rows that one CPU multiply-add advances
+MAX_STATE = 64  # of a channel: what the Triton kernels hold in registers
 
 
 # Two habits for the CPU: exp2 takes half of exp's time, and a twentieth where the result underflows; and a vector
@@ -39,16 +42,20 @@ def selective_scan(
     state_BEN: Tensor | None = None,
     segments_BT: Tensor | None = None,
     lengths: Tensor | None = None,
+    bias_E: Tensor | None = None,
+    gate_BTE: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Selective scan with gradients for every float input, the initial state and the returned state.
 
-    `delta_BTE` comes after softplus and bias, in float32; `A_EN` is negative. `state_BEN` is the state before the
-    first token (zeros when None). `segments_BT` (int) numbers documents: the state is zeroed at the first token of
-    each new one. `lengths` (B,): rows are right-padded, the returned state is the one after token `lengths - 1`.
-    Returns `y_BTE` in u's dtype and the state in float32 (float64 for float64 inputs).
+    `delta_BTE` comes after softplus, in float32; or, with `bias_E`, before: the step is softplus(delta + bias), in
+    float32 whatever delta's dtype. With `gate_BTE` the output is multiplied by silu(gate). `A_EN` is negative.
+    `state_BEN` is the state before the first token (zeros when None). `segments_BT` (int) numbers documents: the state
+    is zeroed at the first token of each new one. `lengths` (B,): rows are right-padded, the returned state is the one
+    after token `lengths - 1`. Returns `y_BTE` in u's dtype and the state in float32 (float64 for float64 inputs).
     """
-    op = choose("selective_scan", SELECTIVE_SCAN, "chunked")
-    return op(u_BTE, delta_BTE, A_EN, B_BTN, C_BTN, D_E, state_BEN, segments_BT, lengths)
+    unfit = f"more than {MAX_STATE} states a channel" if A_EN.shape[1] > MAX_STATE else ""
+    op = choose("selective_scan", SELECTIVE_SCAN, "chunked", u_BTE, unfit)
+    return op(u_BTE, delta_BTE, A_EN, B_BTN, C_BTN, D_E, state_BEN, segments_BT, lengths, bias_E, gate_BTE)
 
 
 def selective_scan_ref(
@@ -61,10 +68,13 @@ def selective_scan_ref(
     state_BEN: Tensor | None = None,
     segments_BT: Tensor | None = None,
     lengths: Tensor | None = None,
+    bias_E: Tensor | None = None,
+    gate_BTE: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The oracle: the two formulas above, one step at a time, gradients by plain autograd."""
     n_batch, n_time, _ = u_BTE.shape
     dtype = state_dtype(u_BTE.dtype)
+    delta_BTE = _step_size(delta_BTE, bias_E, dtype)
     u_BTE_, delta_BTE, A_EN, B_BTN, C_BTN = (x.to(dtype) for x in (u_BTE, delta_BTE, A_EN, B_BTN, C_BTN))
     state = u_BTE_.new_zeros(n_batch, *A_EN.shape) if state_BEN is None else state_BEN.to(dtype)
     reset_BT = None if segments_BT is None else resets(segments_BT)
@@ -77,20 +87,66 @@ def selective_scan_ref(
         new = decay_BEN * state + (delta_BTE[:, t] * u_BTE_[:, t])[:, :, None] * B_BTN[:, t, None, :]
         ys.append((new * C_BTN[:, t, None, :]).sum(-1) + D_E.to(dtype) * u_BTE_[:, t])
         state = new if valid_BT is None else torch.where(valid_BT[:, t, None, None], new, state)
-    return torch.stack(ys, 1).to(u_BTE.dtype), state
+    return _gated(torch.stack(ys, 1).to(u_BTE.dtype), gate_BTE), state
 
 
 def selective_scan_step(
-    u_BE: Tensor, delta_BE: Tensor, A_EN: Tensor, B_BN: Tensor, C_BN: Tensor, D_E: Tensor, state_BEN: Tensor
+    u_BE: Tensor,
+    delta_BE: Tensor,
+    A_EN: Tensor,
+    B_BN: Tensor,
+    C_BN: Tensor,
+    D_E: Tensor,
+    state_BEN: Tensor,
+    bias_E: Tensor | None = None,
+    gate_BE: Tensor | None = None,
 ) -> Tensor:
-    """One token of decoding, no gradient: updates `state_BEN` in place and returns `y_BE` in u's dtype."""
+    """One token of decoding, no gradient: updates `state_BEN` in place and returns `y_BE` in u's dtype.
+
+    `bias_E` and `gate_BE` as in `selective_scan`.
+    """
+    op = choose("selective_scan_step", SELECTIVE_SCAN_STEP, "torch", u_BE)
+    return op(u_BE, delta_BE, A_EN, B_BN, C_BN, D_E, state_BEN, bias_E, gate_BE)
+
+
+def _selective_scan_step_torch(
+    u_BE: Tensor,
+    delta_BE: Tensor,
+    A_EN: Tensor,
+    B_BN: Tensor,
+    C_BN: Tensor,
+    D_E: Tensor,
+    state_BEN: Tensor,
+    bias_E: Tensor | None = None,
+    gate_BE: Tensor | None = None,
+) -> Tensor:
     dtype = state_BEN.dtype
     u = u_BE.to(dtype)
-    delta = delta_BE.to(dtype)
+    delta = _step_size(delta_BE, bias_E, dtype).to(dtype)
     state_BEN.mul_(((delta / LOG_2)[:, :, None] * A_EN).exp2_())
     state_BEN.addcmul_((delta * u)[:, :, None], B_BN.to(dtype)[:, None, :])
     y_BE = torch.bmm(C_BN.to(dtype)[:, None, :], state_BEN.mT)[:, 0]
-    return y_BE.addcmul_(u, D_E.to(dtype)).to(u_BE.dtype)
+    return _gated(y_BE.addcmul_(u, D_E.to(dtype)).to(u_BE.dtype), gate_BE)
+
+
+def _step_size(delta: Tensor, bias_E: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return delta if bias_E is None else F.softplus(delta.to(dtype) + bias_E)
+
+
+def _gated(y: Tensor, gate: Tensor | None) -> Tensor:
+    return y if gate is None else y * F.silu(gate)
+
+
+def _selective_scan_triton(*inputs: Any) -> tuple[Tensor, Tensor]:
+    from nanochat.kernels import triton_scan
+
+    return triton_scan.selective_scan(*inputs)
+
+
+def _selective_scan_step_triton(*inputs: Any) -> Tensor:
+    from nanochat.kernels import triton_decode
+
+    return triton_decode.selective_scan_step(*inputs)
 
 
 def _selective_scan_chunked(
@@ -103,16 +159,19 @@ def _selective_scan_chunked(
     state_BEN: Tensor | None = None,
     segments_BT: Tensor | None = None,
     lengths: Tensor | None = None,
+    bias_E: Tensor | None = None,
+    gate_BTE: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     dtype = state_dtype(u_BTE.dtype)
     n_batch, n_time, _ = u_BTE.shape
-    delta_BTE = delta_BTE.to(dtype)
+    delta_BTE = _step_size(delta_BTE, bias_E, dtype).to(dtype)
     if lengths is not None:  # delta 0: decay 1, input 0; the state stays as it is
         delta_BTE = delta_BTE.masked_fill(padding(lengths, n_time)[:, :, None], 0.0)
     if state_BEN is None:
         state_BEN = torch.zeros(n_batch, *A_EN.shape, dtype=dtype, device=u_BTE.device)
     reset_BT = None if segments_BT is None else resets(segments_BT)
-    return _ChunkedScan.apply(u_BTE, delta_BTE, A_EN, B_BTN, C_BTN, D_E, state_BEN, reset_BT)
+    y_BTE, last_BEN = _ChunkedScan.apply(u_BTE, delta_BTE, A_EN, B_BTN, C_BTN, D_E, state_BEN, reset_BT)
+    return _gated(y_BTE, gate_BTE), last_BEN
 
 
 class _Chunks:
@@ -268,4 +327,12 @@ def _backward(
     return carry_BNE.transpose(1, 2)
 
 
-SELECTIVE_SCAN = {"chunked": _selective_scan_chunked, "ref": selective_scan_ref}
+SELECTIVE_SCAN: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "chunked": _selective_scan_chunked,
+    "triton": _selective_scan_triton,
+    "ref": selective_scan_ref,
+}
+SELECTIVE_SCAN_STEP: dict[str, Callable[..., Tensor]] = {
+    "torch": _selective_scan_step_torch,
+    "triton": _selective_scan_step_triton,
+}

@@ -11,6 +11,7 @@ Z chunks of a row, Y chunks of several rows, R heads of a group.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -88,6 +89,13 @@ def ssd_step(
     x_BHP: Tensor, dt_BH: Tensor, A_H: Tensor, B_BGN: Tensor, C_BGN: Tensor, D_H: Tensor, state_BHPN: Tensor
 ) -> Tensor:
     """One token of decoding, no gradient: updates `state_BHPN` in place and returns `y_BHP` in x's dtype."""
+    op = choose("ssd_step", SSD_STEP, "torch", x_BHP)
+    return op(x_BHP, dt_BH, A_H, B_BGN, C_BGN, D_H, state_BHPN)
+
+
+def _ssd_step_torch(
+    x_BHP: Tensor, dt_BH: Tensor, A_H: Tensor, B_BGN: Tensor, C_BGN: Tensor, D_H: Tensor, state_BHPN: Tensor
+) -> Tensor:
     n_batch, n_head, n_width, n_state = state_BHPN.shape
     n_group = B_BGN.shape[1]
     dtype = state_BHPN.dtype
@@ -125,6 +133,12 @@ def _prepare(
 
 def _ssd_chunked(*inputs: Any) -> tuple[Tensor, Tensor]:
     return _ChunkedSSD.apply(*_prepare(*inputs))
+
+
+def _ssd_step_triton(*inputs: Any) -> Tensor:
+    from nanochat.kernels import triton_decode
+
+    return triton_decode.ssd_step(*inputs)
 
 
 def _ssd_triton(*inputs: Any) -> tuple[Tensor, Tensor]:
@@ -340,3 +354,4 @@ def _row_blocks(x_BTHP: Tensor) -> list[slice]:
 
 
 SSD = {"chunked": _ssd_chunked, "triton": _ssd_triton, "ref": ssd_ref}
+SSD_STEP: dict[str, Callable[..., Tensor]] = {"torch": _ssd_step_torch, "triton": _ssd_step_triton}

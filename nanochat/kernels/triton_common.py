@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def"
 """What the Triton kernels share. Imports Triton: only the files `triton_*.py` import this one, and they only at need.
 
 Without a GPU the kernels run in Triton's interpreter: set TRITON_INTERPRET=1 before the first of them is imported.
@@ -39,6 +40,11 @@ def packed(x: Tensor) -> Tensor:
     return x
 
 
+def dense(x: Tensor) -> Tensor:
+    """x, copied only when its last dimension does not lie densely in memory."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def power_of_2(n: int, least: int = 16) -> int:
     """The smallest power of 2 that is at least n, and at least `least` (16: what a matrix product takes)."""
     return max(least, 1 << max(0, n - 1).bit_length())
@@ -52,7 +58,7 @@ def precision() -> str:
 def compare(
     kernel: Callable[..., Any], oracle: Callable[..., Any], inputs: list[Tensor], tolerance: float, what: str = ""
 ) -> None:
-    """What a self-check does: outputs and all gradients of `kernel` against those of `oracle` in float64.
+    """What a self-check does: outputs, and gradients if any, of `kernel` against those of `oracle` in float64.
 
     AssertionError where the relative L2 distance of one of them exceeds the tolerance, or is no number.
     """
@@ -63,8 +69,9 @@ def compare(
         found, wanted = (found,), (wanted,)
     g = torch.Generator().manual_seed(0)
     directions = [torch.randn(y.shape, generator=g).to(y.device) for y in wanted]
-    found += torch.autograd.grad(found, given, [d.to(y.dtype) for d, y in zip(directions, found)])
-    wanted += torch.autograd.grad(wanted, exact, [d.double() for d in directions])
+    if wanted[0].requires_grad:
+        found += torch.autograd.grad(found, given, [d.to(y.dtype) for d, y in zip(directions, found)])
+        wanted += torch.autograd.grad(wanted, exact, [d.double() for d in directions])
     for i, (a, b) in enumerate(zip(found, wanted)):
         distance = float(((a.double() - b).norm() / b.norm().clamp(min=0.1)).detach())
         assert distance < tolerance, f"{what} result {i} is off by {distance:.1e}, more than {tolerance:.0e}"

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.kernels.conv import causal_conv, causal_conv_step
@@ -79,12 +78,11 @@ class Mamba(Mixer):
         return SSMState(conv, torch.zeros(batch, self.E, self.N, device=device, dtype=state_dtype(dtype)))
 
     def maps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The token's step size (fp32, after softplus), input map B and output map C from its inner activations."""
+        """From the token's inner activations: step size (before bias and softplus), input map B and output map C."""
         dt, B, C = self.x_proj(x).split((self.R, self.N, self.N), dim=-1)
         if self.norm:
             dt, B, C = rms_norm(dt, self.eps), rms_norm(B, self.eps), rms_norm(C, self.eps)
-        delta = F.softplus(self.dt_proj(dt).to(state_dtype(dt.dtype)) + self.dt_bias)
-        return delta, B, C
+        return self.dt_proj(dt), B, C
 
     def forward(
         self,
@@ -99,12 +97,13 @@ class Mamba(Mixer):
         if state is None:
             x, _ = causal_conv(x, self.conv_weight, self.conv_bias, segments_BT=segments_BT)
             delta, B, C = self.maps(x)
-            y, _ = selective_scan(x, delta, A, B, C, self.D, segments_BT=segments_BT)
-            return self.out_proj(y * F.silu(z))
+            y, _ = selective_scan(
+                x, delta, A, B, C, self.D, segments_BT=segments_BT, bias_E=self.dt_bias, gate_BTE=z
+            )
+            return self.out_proj(y)
         assert isinstance(state, SSMState)
         if x.size(1) == 1 and ragged is None and segments_BT is None:
-            y = self.step(x[:, 0], A, state)[:, None]
-            return self.out_proj(y * F.silu(z))
+            return self.out_proj(self.step(x[:, 0], z[:, 0], A, state)[:, None])
         lengths = None
         if ragged is not None:
             x, lengths = ragged.pad(x), ragged.tensor
@@ -115,12 +114,12 @@ class Mamba(Mixer):
             x = ragged.flat(x)
         delta, B, C = self.maps(x)
         if ragged is not None:
-            x, delta, B, C = (ragged.pad(part) for part in (x, delta, B, C))
-        y, state.h = selective_scan(x, delta, A, B, C, self.D, state.h, segments_BT, lengths)
-        return self.out_proj((ragged.flat(y) if ragged is not None else y) * F.silu(z))
+            x, delta, B, C, z = (ragged.pad(part) for part in (x, delta, B, C, z))
+        y, state.h = selective_scan(x, delta, A, B, C, self.D, state.h, segments_BT, lengths, self.dt_bias, z)
+        return self.out_proj(ragged.flat(y) if ragged is not None else y)
 
-    def step(self, x_BE: Tensor, A: Tensor, state: SSMState) -> Tensor:
+    def step(self, x_BE: Tensor, z_BE: Tensor, A: Tensor, state: SSMState) -> Tensor:
         """One token of every row, the state updated in place."""
         x = causal_conv_step(x_BE, self.conv_weight, self.conv_bias, state.conv)
         delta, B, C = self.maps(x)
-        return selective_scan_step(x, delta, A, B, C, self.D, state.h)
+        return selective_scan_step(x, delta, A, B, C, self.D, state.h, self.dt_bias, z_BE)
