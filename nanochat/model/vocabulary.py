@@ -1,4 +1,4 @@
-"""The vocabulary of another's checkpoint: a Hugging Face tokenizer.json as our tokenizer, the rows of the model to match.
+"""The vocabulary of another's checkpoint: its tokenizer.json as our tokenizer, and the rows of the model to match.
 
 Only byte-level BPE (GPT-2, GPT-NeoX, Llama 3 …) can be taken over: it is what ours is. Merges, splitting and bytes
 stay; ids change, for ours are in the order of the merges with the special tokens behind. Tokens that no merge makes
