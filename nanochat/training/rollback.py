@@ -80,6 +80,15 @@ class PolicyTrainer(Trainer):
             return
         self.last |= self.policy.after_step()
 
+    def update(self, micro: list[Batch]) -> float:
+        """As every stage, with smaller steps where few groups say anything. Muon and AdamW move as far for a faint
+        gradient as for a clear one: near the end, when most groups are all right, they would walk at random."""
+        said = 1.0 - self.policy.means["flat_groups"]
+        for optimizer in self.optimizers.all:
+            for group in optimizer.param_groups:
+                group["lr"] *= said
+        return super().update(micro)
+
     def stop_at(self, batch: Batch, index: int, what: str) -> None:
         """A loss that is no number is a collapse. With several processes the others wait in a collective: the run ends
         as any stage does."""
