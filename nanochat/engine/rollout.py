@@ -18,7 +18,7 @@ import torch
 from nanochat.engine.generate import MAX_ROWS, Batch, Prompt, n_fresh, prefill
 from nanochat.engine.prefix import Begun
 from nanochat.engine.sampling import Sampling, Stream, sample
-from nanochat.engine.tools import Call, Request, Result, Tool
+from nanochat.engine.tools import Call, Request, Tool
 from nanochat.errors import NanochatError, UsageError
 from nanochat.model.lm import LM
 from nanochat.model.mixer import State
@@ -26,7 +26,7 @@ from nanochat.tokenizer import Tokenizer
 
 MAX_CALL_TOKENS = 64
 
-__all__ = ["Call", "Request", "Result", "Rollout", "Step", "Tool", "rollouts", "steps"]
+__all__ = ["Call", "Rollout", "Step", "rollouts", "steps"]
 
 
 class Rollout(NamedTuple):
@@ -305,7 +305,7 @@ class _Runner:
                 continue
             began = time.perf_counter()
             requests = [self.request(rows[i]) for i in members]
-            answers = _run(tool, requests)
+            answers = _answers(tool, requests, self.tokenizer)
             seconds = time.perf_counter() - began
             for i, request, answer in zip(members, requests, answers):
                 row = rows[i]
@@ -313,8 +313,8 @@ class _Runner:
                     row.end("error", answer)
                     continue
                 row.calls_left = 0 if answer.last else row.calls_left - 1
-                found[i] = self.tokenizer.render_parts(answer.parts, request.max_tokens).ids
-                row.calls.append(Call(len(row.ids), request.text, answer.value, len(found[i]), tool.name, seconds))
+                found[i] = answer.ids
+                row.calls.append(Call(len(row.ids), request.text, answer.value, len(answer.ids), tool.name, seconds))
         return found
 
     def request(self, row: _Row) -> Request:
@@ -324,15 +324,24 @@ class _Runner:
         return Request(text, row.of_prompt, tuple(row.calls), min(self.limits.max_result_tokens, room))
 
 
-def _run(tool: Tool, requests: Sequence[Request]) -> list[Result | str]:
+class _Answer(NamedTuple):
+    """A result as tokens."""
+
+    ids: list[int]
+    value: Any
+    last: bool
+
+
+def _answers(tool: Tool, requests: Sequence[Request], tokenizer: Tokenizer) -> list[_Answer | str]:
     """The results; the error's text for a request that, given alone, fails."""
     try:
         results = list(tool.run(requests))
         if len(results) != len(requests):
             raise NanochatError(f"{len(results)} results for {len(requests)} calls")
+        ids = [tokenizer.render_parts(r.parts, q.max_tokens).ids for r, q in zip(results, requests)]
     except Exception as error:  # a tool may raise anything, and the other rows go on
         if len(requests) > 1:
-            return [answer for request in requests for answer in _run(tool, [request])]
+            return [answer for request in requests for answer in _answers(tool, [request], tokenizer)]
         reason = str(error) if isinstance(error, NanochatError) else repr(error)
         return [f"{tool.name} failed on {requests[0].text!r:.100}: {reason}"]
-    return list(results)
+    return [_Answer(each, result.value, result.last) for each, result in zip(ids, results)]

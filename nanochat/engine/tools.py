@@ -10,6 +10,7 @@ import ast
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple, Protocol
 
 
@@ -59,6 +60,7 @@ class Tool(Protocol):
 MAX_LENGTH = 200  # characters of an expression
 MAX_VALUE = 1e30
 MAX_EXPONENT = 128
+MAX_BITS = 2048  # of a denominator; finer fractions are rounded
 
 _ALLOWED = re.compile(r"[0-9.+\-*/%() ]*")
 _REWRITES = (
@@ -76,8 +78,9 @@ _UNARY: Mapping[type[ast.unaryop], Callable[[Any], Any]] = {ast.UAdd: operator.p
 
 def calculate(expression: str) -> str:
     """The value of an arithmetic expression: + - * / // % ** and brackets over decimal numbers, `1,000`, `$5` and `20%`
-    as people write them. Its syntax tree is walked; nothing is executed. Raises ValueError that says what is wrong: an
-    expression that is too long or no arithmetic, a division by zero, a number beyond 10^30."""
+    as people write them. Exact, but for roots; shown with 10 digits. Its syntax tree is walked; nothing is executed.
+    Raises ValueError that says what is wrong: an expression that is too long or no arithmetic, a division by zero, a
+    number beyond 10^30."""
     if len(expression) > MAX_LENGTH:
         raise ValueError(f"longer than {MAX_LENGTH} characters")
     text = expression.translate(_SIGNS).rstrip("= ").strip()
@@ -91,15 +94,13 @@ def calculate(expression: str) -> str:
         raise ValueError("division by zero") from None
     except (SyntaxError, RecursionError, MemoryError, OverflowError):
         raise ValueError("not arithmetic") from None
-    if isinstance(value, float) and not value.is_integer():
-        return f"{value:.10g}"
-    return str(int(value))
+    return str(value.numerator) if value.denominator == 1 else f"{float(value):.10g}"
 
 
-def _value(node: ast.expr) -> int | float:
-    value: int | float
+def _value(node: ast.expr) -> Fraction:
+    value: Any
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        value = node.value  # type: ignore[assignment]
+        value = Fraction(repr(node.value))  # 0.1 is a tenth
     elif isinstance(node, ast.UnaryOp) and type(node.op) in _UNARY:
         value = _UNARY[type(node.op)](_value(node.operand))
     elif isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
@@ -110,8 +111,9 @@ def _value(node: ast.expr) -> int | float:
     else:
         raise ValueError("not arithmetic")
     if isinstance(value, complex) or not abs(value) <= MAX_VALUE:
-        raise ValueError("a number beyond 10^30")
-    return value
+        raise ValueError("not a number up to 10^30")
+    value = Fraction(value)
+    return value if value.denominator.bit_length() <= MAX_BITS else Fraction(float(value))
 
 
 class Calculator:
