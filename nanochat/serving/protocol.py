@@ -1,6 +1,7 @@
-"""HTTP over sockets, with a clock: a client that never ends its request line, or never reads its answer, is cut off.
+"""HTTP over sockets, with a clock: a client that never ends its request line, never reads its answer, or goes on sending
+a body that was refused, is cut off.
 
-uvicorn waits for both for ever. (Bodies that come too slowly are refused by `security.Guard`.)
+uvicorn waits for all three for ever. (Bodies that come too slowly are refused by `security.Guard`.)
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+LINGER_SECONDS = 2.0  # for the answer to arrive while a refused body is still being sent: closing at once destroys it
 
 
 def make_protocol(seconds: float) -> type[H11Protocol]:
@@ -28,6 +31,8 @@ def make_protocol(seconds: float) -> type[H11Protocol]:
             self._time_head()
 
         def on_response_complete(self) -> None:
+            if self.conn.their_state is h11.SEND_BODY:
+                self.loop.call_later(LINGER_SECONDS, self.transport.abort)
             super().on_response_complete()
             self._time_head()
 
