@@ -46,9 +46,9 @@ CONTENT_SECURITY_POLICY = "; ".join(
 MAX_TEXT = 200_000  # characters; more than any context holds
 MAX_CODE = 20_000  # characters of a block that are coloured: some lexers take more than linear time
 # No others: the lexers of rare languages are those that take long on hostile text.
-_LANGUAGES = """bash c cpp c++ c# csharp css diff docker dockerfile go golang haskell html ini java javascript js json jsx
-julia kotlin latex lua make makefile markdown md matlab perl php powershell py python python3 r ruby rb rs rust scala scss sh
-shell sql swift tex toml ts tsx typescript xml yaml yml zsh"""
+_LANGUAGES = """bash c cpp c++ c# csharp css diff docker dockerfile go golang haskell html ini java javascript js json
+jsx julia kotlin latex lua make makefile markdown md matlab perl php powershell py python python3 r ruby rb rs rust
+scala scss sh shell sql swift tex toml ts tsx typescript xml yaml yml zsh"""
 LANGUAGES = frozenset(_LANGUAGES.split())
 
 _CITATION = re.compile(r"\[(\d{1,4})\](?!\()")
@@ -123,6 +123,7 @@ def _citation(state: StateInline, silent: bool) -> bool:
     if not found or int(found[1]) not in state.env.get("citations", ()):
         return False
     if not silent:
+        state.pending = state.pending.rstrip(" ")  # a line must not break before it
         token = state.push("citation", "a", 0)
         token.content = str(int(found[1]))
     state.pos = found.end()
@@ -138,7 +139,8 @@ def _render_code(self: RendererHTML, tokens: Sequence[Token], index: int, *_: An
     code = tokens[index].content
     info = tokens[index].info.split()
     language = info[0].lower() if info else ""
-    opening = f'<pre class="code" tabindex="0"><code data-language="{escape(language[:30])}">'  # the keyboard scrolls it
+    # in the order of the keyboard, so that it can be scrolled
+    opening = f'<pre class="code" tabindex="0"><code data-language="{escape(language[:30])}">'
     return f"{opening}{_coloured(code, language)}</code></pre>\n"
 
 

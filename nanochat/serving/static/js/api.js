@@ -104,24 +104,26 @@ export async function markdown(items) {
 }
 
 export const config = () => request("ui/config");
-export const bases = async () => (await request("v1/knowledge_bases")).data;
-export const createBase = (name) => request("v1/knowledge_bases", { method: "POST", body: { name } });
 
 const base = (name) => `v1/knowledge_bases/${encodeURIComponent(name)}`;
 export const deleteBase = (name) => request(base(name), { method: "DELETE" });
+export const bases = async () => (await request("v1/knowledge_bases")).data;
+export const createBase = (name) => request("v1/knowledge_bases", { method: "POST", body: { name } });
 export const searchBase = async (name, query, topK) => (await request(`${base(name)}/search`, { method: "POST", body: { query, top_k: topK } })).data;
 export const documents = async (name, limit = 200) => (await request(`${base(name)}/documents?limit=${limit}`)).data;
 export const deleteDocument = (name, id) => request(`${base(name)}/documents/${encodeURIComponent(id)}`, { method: "DELETE" });
 
-/** Sends a file; `progress(share)` goes from 0 to 1 while it is on its way, the answer comes when it is indexed. */
+/** How far an upload is: { status, documents, done, added, updated, unchanged, error }. */
+export const uploadState = (name, id, signal) => request(`${base(name)}/uploads/${encodeURIComponent(id)}`, { signal });
+
+/** Sends a file; `progress(share)` goes from 0 to 1. The answer is an upload, which the server then works on. */
 export function upload(name, file, progress, signal) {
   return new Promise((resolve, reject) => {
     const call = new XMLHttpRequest(); // fetch cannot tell how far an upload is
-    call.open("POST", `${base(name)}/files`);
+    call.open("POST", `${base(name)}/documents`);
     for (const [header, value] of Object.entries(headers())) call.setRequestHeader(header, value);
     call.responseType = "json";
     call.upload.onprogress = (event) => event.lengthComputable && progress(event.loaded / event.total);
-    call.upload.onload = () => progress(1);
     call.onerror = () => reject(new ApiError(0, "the server cannot be reached"));
     call.onabort = () => reject(new DOMException("stopped", "AbortError"));
     call.onload = () => {

@@ -8,7 +8,7 @@ import { announce } from "./notices.js";
 import { askKey } from "./settings.js";
 import { titleOf } from "./sidebar.js";
 import { preferences } from "./store.js";
-import { add, ancestors, newConversation, path, place, records, turn } from "./tree.js";
+import { BROUGHT, add, ancestors, newConversation, path, place, records, turn } from "./tree.js";
 
 const SAVE_EVERY = 2000; // milliseconds, while an answer is being written
 const TRIES = 4; // when the server is busy
@@ -19,7 +19,8 @@ const SUGGESTIONS = [
   ["Write code", "Write a Python function that reverses a list."],
 ];
 
-/** act: changed() after every change of a conversation or of what is running. */
+/** act: changed() after every change of a conversation or of what is running, suggest(text), modes(): how the chosen
+ * knowledge base can be searched. */
 export class Chat {
   constructor(store, server, sources, act) {
     Object.assign(this, { store, server, sources, act, running: new Map(), pinned: true });
@@ -27,7 +28,7 @@ export class Chat {
     this.scroller = $("#scroller");
     this.scroller.addEventListener("scroll", () => this.#scrolled());
     $("#to-bottom").append(icon("down", 20));
-    $("#to-bottom").addEventListener("click", () => { this.pinned = true; this.#follow("smooth"); });
+    $("#to-bottom").addEventListener("click", () => { this.pinned = true; this.#follow(); });
     this.handlers = {
       regenerate: (node) => this.#answer(this.conversation, node.parent),
       edit: (node, text) => this.#ask(this.conversation, node.parent, text),
@@ -71,7 +72,7 @@ export class Chat {
   #welcome() {
     const buttons = SUGGESTIONS.map(([title, text]) => h("button", { type: "button", onclick: () => this.act.suggest(text) }, h("strong", {}, title), h("span", {}, text)));
     const model = this.server.models.find((one) => one.id === preferences.model);
-    const facts = [model?.stage && `stage ${model.stage}`, model?.parameters && `${short(model.parameters)} parameters`, model?.context && `${model.context.toLocaleString("en")} tokens of context`];
+    const facts = [model && model.stage !== model.id && model.stage && `stage ${model.stage}`, model?.parameters && `${short(model.parameters)} parameters`, model?.context && `${model.context.toLocaleString("en")} tokens of context`];
     $("#welcome").replaceChildren(h("img", { src: "static/icon.svg", alt: "", width: 52, height: 52 }), h("h2", {}, "What would you like to know?"),
       h("p", {}, model ? `You are talking to ${model.id}: ${facts.filter(Boolean).join(", ")}.` : "A model of your own, on your own machine."), h("div", { class: "suggestions" }, buttons));
   }
@@ -128,7 +129,7 @@ export class Chat {
   async #answer(conversation, parent) {
     if (this.running.has(conversation.id)) return;
     const node = add(conversation, parent, "assistant", "", { model: preferences.model, finish: "stopped" }); // until it is known better
-    const busy = { node, controller: new AbortController(), live: null, hints: [], began: performance.now(), saved: performance.now() };
+    const busy = { node, controller: new AbortController(), live: null, hints: [], saved: performance.now() };
     const body = this.#body(conversation, parent);
     if (body.retrieval) busy.hints = Array.from({ length: body.retrieval.top_k }, (_, i) => i + 1);
     this.running.set(conversation.id, busy);
@@ -141,7 +142,6 @@ export class Chat {
     } catch (error) {
       if (error.name !== "AbortError") node.error = error.message;
     }
-    node.seconds = (performance.now() - busy.began) / 1000;
     await this.#finish(conversation, busy);
   }
 
@@ -149,10 +149,10 @@ export class Chat {
     const messages = ancestors(conversation, parent).filter((node) => node.text).map((node) => ({ role: node.role, content: node.text }));
     if (conversation.system) messages.unshift({ role: "system", content: conversation.system });
     const body = { model: preferences.model, messages, ...preferences.sampling };
-    if (preferences.knowledge && this.server.retrieval) {
+    if (preferences.knowledge && this.server.retrieval.available) {
       const model = this.server.models.find((one) => one.id === preferences.model);
       body.retrieval = { knowledge_base: preferences.knowledge, top_k: preferences.topK, multi_hop: preferences.multiHop && Boolean(model?.multi_hop) };
-      if (preferences.mode) body.retrieval.mode = preferences.mode;
+      if (this.act.modes().includes(preferences.mode)) body.retrieval.mode = preferences.mode;
     }
     return body;
   }
@@ -161,7 +161,6 @@ export class Chat {
   async #patiently(conversation, busy, body) {
     for (let tries = 1; ; tries++) {
       try {
-        busy.began = performance.now();
         return await this.#stream(conversation, busy, body);
       } catch (error) {
         const begun = busy.node.text !== "";
@@ -179,7 +178,6 @@ export class Chat {
     for await (const chunk of api.chat(body, busy.controller.signal)) {
       const choice = chunk.choices?.[0];
       if (choice?.delta?.content) {
-        node.first ??= (performance.now() - busy.began) / 1000;
         node.text += choice.delta.content;
         busy.live?.update(node.text, busy.hints);
         if (performance.now() - busy.saved > SAVE_EVERY) {
@@ -188,8 +186,8 @@ export class Chat {
         }
       }
       if (choice?.finish_reason) node.finish = choice.finish_reason;
-      if (chunk.model) node.model = chunk.model;
-      for (const name of ["usage", "citations", "trace", "support"]) if (chunk[name] !== undefined && chunk[name] !== null) node[name] = chunk[name];
+      for (const name of BROUGHT) if (chunk[name]) node[name] = chunk[name];
+      if (Array.isArray(chunk.grounding)) node.grounding = chunk.grounding[0]; // one for each of n answers
     }
   }
 
@@ -227,8 +225,8 @@ export class Chat {
     $("#to-bottom").hidden = this.pinned;
   }
 
-  #follow(behavior = "instant") {
-    if (this.pinned) this.scroller.scrollTo({ top: this.scroller.scrollHeight, behavior });
+  #follow() {
+    if (this.pinned) this.scroller.scrollTo({ top: this.scroller.scrollHeight, behavior: "instant" });
     $("#to-bottom").hidden = this.pinned;
   }
 

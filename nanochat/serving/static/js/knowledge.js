@@ -7,10 +7,14 @@ import { preferences, savePreferences } from "./store.js";
 
 const FIRST_NAME = "documents"; // of the knowledge base that a first upload makes
 
+const POLL_EVERY = 250; // milliseconds, while the server indexes a file
+
+const megabytes = (bytes) => `${Math.round(bytes / (1 << 20))} MB`;
+
 /** act: changed(bases), passage(hit): the element that shows a passage. */
 export class Knowledge {
-  constructor(panel, act) {
-    Object.assign(this, { panel, act, bases: [], server: null, target: "", jobs: [], working: false });
+  constructor(panel, server, act) {
+    Object.assign(this, { panel, server, act, bases: [], target: "", jobs: [], working: false });
     panel.add("documents", "Documents", (body) => this.#draw(body));
   }
 
@@ -23,14 +27,23 @@ export class Knowledge {
   }
 
   #draw(body) {
-    if (!this.server?.retrieval) {
+    if (!this.server.retrieval.available) {
       body.append(h("p", { class: "none" }, "This server has no search over documents."));
       return;
     }
     body.append(h("p", { class: "none" }, "Answers can rest on your documents, and cite them."), this.#list());
-    if (this.server.uploads) body.append(...this.#creation(), ...this.#uploading());
+    if (this.#writable) body.append(...this.#creation(), ...this.#uploading());
     const base = this.#base();
-    if (base?.documents) body.append(...this.#search(base), this.#contents(base));
+    if (base?.documents) body.append(...this.#search(base), ...this.#contents(base));
+  }
+
+  /** Whether the server lets clients change its knowledge bases. */
+  get #writable() {
+    return this.server.retrieval.uploads;
+  }
+
+  get #most() {
+    return this.server.limits.max_upload_bytes;
   }
 
   #base() {
@@ -42,12 +55,17 @@ export class Knowledge {
       h("label", { class: "use" }, h("input", { type: "radio", name: "base", value: id, checked: this.#chosen(id), onchange: () => this.choose(id) }),
         h("span", {}, h("span", { class: "name" }, name), h("span", { class: "count" }, count))), remove);
     const rows = this.bases.map((base) => radio(base.id, base.id, plural(base.documents, "document"),
-      this.server.uploads && base.writable !== false && iconButton("trash", `Delete the knowledge base ${base.id}`, () => this.#delete(base))));
+      this.#writable && iconButton("trash", `Delete the knowledge base ${base.id}`, () => this.#delete(base))));
     return h("div", { role: "radiogroup", "aria-label": "Answer from", id: "bases" }, radio("", "No documents", "the model answers by itself"), rows);
   }
 
   #chosen(id) {
     return id === (preferences.knowledge || (this.#base() && !this.#base().documents ? this.target : ""));
+  }
+
+  /** How the chosen one can be searched. */
+  modes() {
+    return this.bases.find((base) => base.id === preferences.knowledge)?.modes ?? [];
   }
 
   /** Answers rest on this knowledge base from now on, and uploads go to it. An empty one only takes uploads. */
@@ -94,14 +112,14 @@ export class Knowledge {
   }
 
   #uploading() {
-    const { types, max_bytes: most } = this.server.uploads;
+    const types = this.server.retrieval.file_types;
     const input = h("input", { type: "file", multiple: true, accept: types.join(","), class: "visually-hidden", id: "files", onchange: () => { this.#add([...input.files]); input.value = ""; } });
     const drop = h("label", { class: "drop", for: "files",
       ondragover: (event) => { event.preventDefault(); drop.classList.add("over"); },
       ondragleave: () => drop.classList.remove("over"),
       ondrop: (event) => { event.preventDefault(); drop.classList.remove("over"); this.#add([...event.dataTransfer.files]); } },
     icon("upload", 24), h("strong", {}, this.target ? `Add documents to ${this.target}` : "Add documents"), h("span", {}, "Choose files, or drop them here"),
-    h("span", {}, `${types.join(" ")}, up to ${Math.round(most / 1e6)} MB`), input);
+    h("span", {}, `${types.join(" ")}, up to ${megabytes(this.#most)}`), input);
     return [h("h3", {}, "Upload"), drop, h("ul", { class: "uploads", id: "uploads", "aria-label": "Uploads" }, this.jobs.map((job) => job.row))];
   }
 
@@ -115,14 +133,14 @@ export class Knowledge {
   }
 
   #job(file, base) {
-    const { types, max_bytes: most } = this.server.uploads;
+    const types = this.server.retrieval.file_types;
     const controller = new AbortController();
     const bar = h("progress", { max: 1, value: 0, "aria-label": `Upload of ${file.name}` });
     const state = h("span", { class: "state" }, "waiting");
     const cancel = iconButton("close", `Stop the upload of ${file.name}`, () => { controller.abort(); if (!job.begun) this.#end(job, "stopped", "failed"); });
     const job = { file, base, controller, bar, state, cancel, begun: false, over: false, row: h("li", { class: "upload" }, h("span", { class: "name", title: file.name }, file.name), cancel, bar, state) };
     if (!types.some((type) => file.name.toLowerCase().endsWith(type))) this.#end(job, `only ${types.join(", ")} can be added`, "failed");
-    else if (file.size > most) this.#end(job, `larger than ${Math.round(most / 1e6)} MB`, "failed");
+    else if (file.size > this.#most) this.#end(job, `larger than ${megabytes(this.#most)}`, "failed");
     return job;
   }
 
@@ -145,19 +163,35 @@ export class Knowledge {
     job.begun = true;
     try {
       if (!this.bases.some((base) => base.id === job.base)) await api.createBase(job.base);
-      const told = await api.upload(job.base, job.file, (share) => {
-        job.bar.value = share;
-        job.state.textContent = share < 1 ? `${Math.round(share * 100)} %` : "reading and indexing…";
-        if (share === 1) job.bar.removeAttribute("value");
-      }, job.controller.signal);
-      const n = told.documents_added ?? told.added;
-      this.#end(job, n === 0 ? "was there already" : `added${n > 1 ? `, ${plural(n, "document")}` : ""}`, "done");
+      const sent = await api.upload(job.base, job.file, (share) => this.#show(job, "sending", share), job.controller.signal);
+      job.cancel.remove(); // from here on it is the server's
+      const told = await this.#indexed(job, sent);
+      if (told.status === "failed") throw new Error(told.error);
+      const n = told.added + told.updated;
+      this.#end(job, n ? `added${n > 1 ? `, ${plural(n, "document")}` : ""}` : "was there already", "done");
       announce(`${job.file.name} was added.`);
       await this.load();
       if (!preferences.knowledge || this.target === job.base) this.choose(job.base);
     } catch (error) {
       this.#end(job, error.name === "AbortError" ? "stopped" : error.message, "failed");
     }
+  }
+
+  #show(job, what, share) {
+    job.state.textContent = `${what}, ${Math.round(share * 100)} %`;
+    job.bar.value = share;
+  }
+
+  /** Waits until the server has read and indexed a file. */
+  async #indexed(job, sent) {
+    let told = sent;
+    while (told.status === "waiting" || told.status === "processing") {
+      if (told.documents) this.#show(job, "indexing", told.done / told.documents);
+      else job.state.textContent = told.status === "waiting" ? "waiting for other files" : "reading";
+      await new Promise((resolve) => setTimeout(resolve, POLL_EVERY));
+      told = await api.uploadState(job.base, sent.id);
+    }
+    return told;
   }
 
   #search(base) {
@@ -180,12 +214,12 @@ export class Knowledge {
       if (!details.open || list.childElementCount) return;
       await this.#tell(async () => list.append(...(await api.documents(base.id)).map((document) => this.#document(base, document))));
     } }, h("summary", {}, `All ${plural(base.documents, "document")}`), list);
-    return h("div", {}, h("h3", {}, "Contents"), details);
+    return [h("h3", {}, "Contents"), details];
   }
 
   #document(base, document) {
     const name = document.title || document.id;
-    const remove = this.server.uploads && base.writable !== false && iconButton("trash", `Delete ${name}`, async () => {
+    const remove = this.#writable && iconButton("trash", `Delete ${name}`, async () => {
       await this.#tell(async () => {
         await api.deleteDocument(base.id, document.id);
         row.remove();

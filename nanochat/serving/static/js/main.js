@@ -35,17 +35,17 @@ class Page {
     this.#decorate();
     const store = new Store();
     const [server, stored] = await Promise.all([readConfig(), store.open((id) => this.#changedElsewhere(id))]);
+    server.models = server.models.filter((model) => model.chat);
     if (!stored) toast("This browser keeps no chats: they are gone when the page is closed.");
     Object.assign(this, { store, server });
-    this.panel = new Panel();
+    this.panel = new Panel(() => this.#cover());
     this.sources = new Sources(this.panel);
-    this.settings = new Settings(this.panel, store, {
+    this.settings = new Settings(this.panel, store, server, {
       systemChanged: (text) => this.#setSystem(text),
       imported: (all) => this.#import(all),
       cleared: async () => { await store.clear(); this.chat.open(); },
     });
-    this.settings.server = server;
-    this.chat = new Chat(store, server, this.sources, { changed: () => this.#changed(), suggest: (text) => this.composer.fill(text) });
+    this.chat = new Chat(store, server, this.sources, { changed: () => this.#changed(), suggest: (text) => this.composer.fill(text), modes: () => this.knowledge.modes() });
     this.composer = new Composer({ send: (text) => this.chat.send(text), stop: () => this.chat.stop(), editLast: () => this.chat.editLast(), knowledgeChosen: () => this.panel.refresh("documents") });
     this.sidebar = new Sidebar(store, {
       open: (id) => { this.#go(id); this.#hideOverlay(); },
@@ -53,12 +53,11 @@ class Page {
       changed: (chat) => { store.save(chat); this.#changed(); },
       remove: async (id) => { await store.remove(id); if (id === this.chat.conversation.id) this.#go(""); else this.#changed(); },
     });
-    this.knowledge = new Knowledge(this.panel, { changed: () => this.#showRetrieval(), passage: (hit) => this.sources.card(hit) });
-    this.knowledge.server = server;
+    this.knowledge = new Knowledge(this.panel, server, { changed: () => this.#showRetrieval(), passage: (hit) => this.sources.card(hit) });
     this.#fillModels();
     this.#listen();
     this.#route();
-    if (server.retrieval) this.knowledge.load().catch((error) => toast(error.message, "error"));
+    if (server.retrieval.available) this.knowledge.load().catch((error) => toast(error.message, "error"));
     if (!narrow.matches) this.composer.focus();
     document.body.dataset.ready = "true";
   }
@@ -101,11 +100,17 @@ class Page {
 
   #showSidebar(shown, byHand = true) {
     $("#app").classList.toggle("no-sidebar", !shown);
-    $("#backdrop").hidden = !(shown && narrow.matches);
-    $("#main").inert = shown && narrow.matches;
+    this.#cover();
     if (!byHand) return;
     if (!narrow.matches) savePreferences({ sidebar: shown });
     $(shown ? "#close-sidebar" : "#open-sidebar").focus();
+  }
+
+  /** On a small screen the list and the panel lie over the conversation, which then is out of reach. */
+  #cover() {
+    const list = narrow.matches && !$("#app").classList.contains("no-sidebar");
+    $("#backdrop").hidden = !list;
+    $("#main").inert = list || (narrow.matches && Boolean(this.panel?.name));
   }
 
   #hideOverlay() {
@@ -114,6 +119,7 @@ class Page {
 
   #fillModels() {
     const { models } = this.server;
+    if (!models.length) toast("This server has only base models. They continue texts: use /v1/completions.", "error");
     if (!models.some((model) => model.id === preferences.model)) savePreferences({ model: models[0]?.id ?? "" });
     const select = $("#model");
     select.replaceChildren(...models.map((model) => h("option", { value: model.id, selected: model.id === preferences.model }, model.id)));
@@ -126,7 +132,7 @@ class Page {
 
   #showRetrieval() {
     const model = this.server.models.find((one) => one.id === preferences.model);
-    this.composer.showRetrieval(this.server.retrieval ? this.knowledge.bases : null, Boolean(model?.multi_hop));
+    this.composer.showRetrieval(this.server.retrieval.available ? this.knowledge.bases : null, Boolean(model?.multi_hop));
   }
 
   // -- which chat is shown: the address says so, so that reloading and going back work

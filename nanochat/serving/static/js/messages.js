@@ -4,6 +4,8 @@ import { $, grow, h, icon, iconButton, plural } from "./dom.js";
 import { copyButton } from "./markdown.js";
 import { records } from "./tree.js";
 
+const SUPPORTED = 0.5; // as nanochat.rag.support has it
+
 /**
  * The element of a node. `place` is { index, count } among its branches; `act` holds what the buttons do:
  * regenerate(node), edit(node, text), turn(node, step), showSource(node, n), showHit(node, step, i).
@@ -45,7 +47,7 @@ export function beginEditing(item) {
 
 function assistantView(node, place, act) {
   const body = h("div", { class: "body" }, h("h2", { class: "visually-hidden" }, "Assistant"), traceView(node, act), h("div", { class: "content" }),
-    citedView(node, act), noticeView(node, act), assistantTools(node, place, act));
+    citedView(node, act), noticesView(node, act), assistantTools(node, place, act));
   const avatar = h("img", { class: "avatar", src: "static/icon.svg", alt: "", width: 28, height: 28 });
   const item = h("li", { class: "message assistant", "data-id": node.id }, avatar, body);
   body.addEventListener("click", (event) => {
@@ -73,14 +75,12 @@ function branches(node, place, act) {
 
 /** Tokens, speed, time to the first token. */
 function statsView(node) {
-  const tokens = node.usage?.completion_tokens;
-  if (!tokens || !node.seconds) return null;
-  const writing = node.seconds - (node.first ?? 0);
-  const rate = tokens > 1 && writing > 0 ? (tokens - 1) / writing : 0;
+  const [tokens, rate, first] = [node.usage?.completion_tokens, node.timings?.tokens_per_second, node.timings?.first_token].map(Number);
+  if (!tokens) return null;
   const cached = node.usage.prompt_tokens_details?.cached_tokens;
-  const prompt = node.usage.prompt_tokens ? `, prompt ${plural(node.usage.prompt_tokens, "token")}${cached ? `, ${cached} of them remembered` : ""}` : "";
-  const parts = [plural(tokens, "token"), rate && `${rate.toFixed(rate < 10 ? 1 : 0)} tok/s`, node.first && `first after ${node.first.toFixed(2)} s`];
-  return h("span", { class: "stats", title: `${node.model ?? ""}${prompt}` }, parts.filter(Boolean).map((part) => h("span", {}, part)));
+  const prompt = `prompt ${plural(node.usage.prompt_tokens, "token")}${cached ? `, ${cached} of them remembered` : ""}`;
+  const parts = [plural(tokens, "token"), rate && `${rate.toFixed(rate < 10 ? 1 : 0)} tok/s`, first && `first after ${first.toFixed(2)} s`];
+  return h("span", { class: "stats", title: `${node.model}: ${prompt}` }, parts.filter(Boolean).map((part) => h("span", {}, part)));
 }
 
 /** The sources that an answer cites. */
@@ -96,30 +96,38 @@ function citedView(node, act) {
 function traceView(node, act) {
   const trace = records(node.trace);
   if (!trace.length) return null;
-  const found = trace.reduce((sum, step) => sum + records(step.hits).length, 0);
-  const seconds = trace.reduce((sum, step) => sum + (Number(step.seconds) || 0), 0);
+  const found = trace.reduce((sum, step) => sum + records(step.documents).length, 0);
   const what = trace.length > 1 ? `Searched ${trace.length} times` : `Searched “${shorten(trace[0].query, 60)}”`;
-  const text = `${what}: ${found ? plural(found, "passage") : "nothing found"}${seconds ? `, ${Math.max(1, Math.round(seconds * 1000))} ms` : ""}`;
+  const text = `${what}: ${found ? plural(found, "passage") : "nothing found"}`;
   const steps = trace.map((step, i) => h("li", {}, h("span", { class: "query" }, `${trace.length > 1 ? `${i + 1}. ` : ""}“${step.query}”`),
-    h("ul", { class: "hits", "aria-label": "Found" }, records(step.hits).map((hit, j) => h("li", {},
+    h("ul", { class: "hits", "aria-label": "Found" }, records(step.documents).map((hit, j) => h("li", {},
       h("button", { type: "button", onclick: () => act.showHit(node, i, j) }, String(hit.title || hit.id || "untitled")))))));
   return h("details", { class: "trace" }, h("summary", {}, icon("search", 15), text, icon("down", 14)), h("ol", {}, steps));
 }
 
 const shorten = (text, most) => (String(text).length > most ? `${String(text).slice(0, most - 1)}…` : String(text));
 
-/** What the reader should know about an answer: an error, a low support, why it ended. */
-function noticeView(node, act) {
+/** What the reader should know about an answer: an error, a low support, what was left out, why it ended. */
+function noticesView(node, act) {
+  const warn = (text) => h("div", { class: "notice warn" }, text);
+  const found = [];
   if (node.error) {
     const again = h("button", { type: "button", class: "button", onclick: () => act.regenerate(node) }, "Try again");
-    return h("div", { class: "notice error" }, h("span", {}, node.error), again);
-  }
-  if (typeof node.support === "number" && node.support < 0.5 && records(node.citations).length) {
-    return h("div", { class: "notice warn" }, `The sources do not bear all of this out (support ${node.support.toFixed(2)}). Read them before you rely on it.`);
-  }
-  if (node.finish === "stopped") return h("div", { class: "notice warn" }, "Stopped.");
-  if (node.finish === "length") return h("div", { class: "notice warn" }, "Cut off: the answer reached its limit of tokens, or the end of the model's context.");
-  return null;
+    found.push(h("div", { class: "notice error" }, h("span", {}, node.error), again));
+  } else if (node.finish === "stopped") found.push(warn("Stopped."));
+  else if (node.finish === "length") found.push(warn("Cut off: the answer reached its limit of tokens, or the end of the model's context."));
+  const weak = weakest(node);
+  if (weak) found.push(warn(`The sources hardly bear this out (support ${weak.support.toFixed(2)}): “${shorten(weak.text, 120)}” Read them before you rely on it.`));
+  if (node.truncated?.turns) found.push(warn(`The model no longer saw the oldest ${plural(node.truncated.turns, "turn")}: the chat is too long for its context.`));
+  else if (node.truncated?.tokens) found.push(warn(`The model saw only a part of the question: ${plural(node.truncated.tokens, "token")} did not fit into its context.`));
+  return found;
+}
+
+/** The sentence that its documents support least, when that is too little. */
+function weakest(node) {
+  const judged = records(node.grounding?.sentences).filter((sentence) => typeof sentence.support === "number");
+  const least = judged.sort((a, b) => a.support - b.support)[0];
+  return least && least.support < SUPPORTED ? least : null;
 }
 
 /** Draws a finished answer's surroundings anew, around its text. */

@@ -3,7 +3,9 @@
 import { $, icon } from "./dom.js";
 
 export class Panel {
-  constructor() {
+  /** changed: called when it opens or closes. */
+  constructor(changed) {
+    this.changed = changed;
     this.views = {}; // name -> { title, draw(body) }
     this.name = "";
     $("#close-panel").append(icon("close"));
@@ -47,5 +49,6 @@ export class Panel {
 
   #mark() {
     for (const name of Object.keys(this.views)) $(`#show-${name}`).setAttribute("aria-expanded", String(name === this.name));
+    this.changed();
   }
 }

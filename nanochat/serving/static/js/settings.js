@@ -11,13 +11,15 @@ const FIELDS = [
   { name: "top_p", label: "Top-p", min: 0.05, max: 1, step: 0.05, help: "Only the most likely tokens that together have this probability. 1: all." },
   { name: "top_k", label: "Top-k", min: 0, max: 200, step: 1, help: "Only the k most likely tokens. 0: all." },
   { name: "min_p", label: "Min-p", min: 0, max: 0.5, step: 0.01, help: "Drops tokens less likely than this share of the most likely one." },
-  { name: "max_tokens", label: "Longest answer, in tokens", min: 16, max: 1024, step: 16 },
+  { name: "max_tokens", label: "Longest answer, in tokens", min: 16, step: 16 }, // at most: the model's context
 ];
+
+const MODES = ["simple", "bm25", "dense", "hybrid"]; // a knowledge base has some of them
 
 /** act: systemChanged(text), imported(conversations), cleared(), retrievalChanged(). */
 export class Settings {
-  constructor(panel, store, act) {
-    Object.assign(this, { panel, store, act, server: null, system: "" });
+  constructor(panel, store, server, act) {
+    Object.assign(this, { panel, store, server, act, system: "" });
     panel.add("settings", "Settings", (body) => this.#draw(body));
   }
 
@@ -28,7 +30,7 @@ export class Settings {
   }
 
   #draw(body) {
-    body.append(this.#theme(), ...this.#system(), ...this.#sampling(), ...(this.server?.retrieval ? this.#retrieval() : []), ...this.#data());
+    body.append(this.#theme(), ...this.#system(), ...this.#sampling(), ...(this.server.retrieval.available ? this.#retrieval() : []), ...this.#data());
   }
 
   #theme() {
@@ -48,7 +50,7 @@ export class Settings {
   }
 
   #sampling() {
-    const most = this.server?.limits?.max_tokens ?? 1024;
+    const most = Math.max(64, this.server.models.find((model) => model.id === preferences.model)?.context ?? 0);
     const rows = FIELDS.map((field) => this.#slider(field.name === "max_tokens" ? { ...field, max: most } : field));
     const seed = h("input", { type: "number", id: "seed", min: 0, step: 1, placeholder: "different each time", value: preferences.sampling.seed ?? "",
       onchange: () => this.#set("seed", seed.value === "" ? undefined : Math.trunc(Number(seed.value))) });
@@ -61,7 +63,7 @@ export class Settings {
   }
 
   #slider({ name, label, min, max, step, help }) {
-    const fallback = this.server?.defaults?.[name] ?? min;
+    const fallback = this.server.sampling[name];
     const id = `set-${name}`;
     const shown = h("output", { for: id });
     const input = h("input", { type: "range", id, min, max, step, oninput: () => { this.#set(name, Number(input.value)); say(); } });
@@ -78,7 +80,7 @@ export class Settings {
   }
 
   #retrieval() {
-    const { modes = [], max_top_k: most = 20 } = this.server.retrieval;
+    const most = Math.min(20, this.server.retrieval.max_top_k);
     const shown = h("output", { for: "top-k-documents" }, String(preferences.topK));
     const count = h("input", { type: "range", id: "top-k-documents", min: 1, max: most, step: 1, oninput: () => {
       savePreferences({ topK: Number(count.value) });
@@ -86,7 +88,7 @@ export class Settings {
     } });
     count.value = preferences.topK;
     const mode = h("select", { class: "field", id: "mode", onchange: () => savePreferences({ mode: mode.value }) },
-      h("option", { value: "" }, "As the knowledge base was built"), modes.map((one) => h("option", { value: one, selected: one === preferences.mode }, one)));
+      h("option", { value: "" }, "As the knowledge base was built"), MODES.map((one) => h("option", { value: one, selected: one === preferences.mode }, one)));
     return [h("h3", {}, "Documents"),
       h("div", { class: "field-row" }, h("label", { for: "top-k-documents" }, "Passages for each question", shown), count),
       h("div", { class: "field-row" }, h("label", { for: "mode" }, "How to search"), mode)];

@@ -22,7 +22,7 @@ export class Sources {
 
   /** Passage `i` that search `step` of an answer found. */
   showHit(node, step, i) {
-    const hit = records(records(node.trace)[step]?.hits)[i];
+    const hit = records(records(node.trace)[step]?.documents)[i];
     const cited = records(node.citations).find((source) => source.n === hit.n && source.id === hit.id);
     this.#show(node, cited ? null : hit, cited ?? hit);
   }
@@ -47,7 +47,7 @@ export class Sources {
     if (this.extra && cited.length) body.append(h("h3", {}, "Cited"));
     body.append(...cited.map((source) => this.card(source)));
     if (!cited.length && !this.extra) {
-      const found = records(this.node?.trace).some((step) => records(step.hits).length);
+      const found = records(this.node?.trace).some((step) => records(step.documents).length);
       body.append(h("p", { class: "none" }, found ? "The answer cites none of the passages that were found."
         : "When an answer cites documents, their passages appear here. Choose a knowledge base below the message box."));
     }

@@ -2,6 +2,9 @@
 //   conversation: { id, title, created, updated, system, nodes: { [id]: node } }, nodes.root included
 //   node: { id, parent, role, text, children: [id], chosen: index into children, ...what the answer brought }
 
+/** What an answer brings besides its text. */
+export const BROUGHT = ["model", "finish", "usage", "timings", "citations", "grounding", "trace", "truncated", "error"];
+
 export const newId = () => crypto.randomUUID?.() ?? Array.from(crypto.getRandomValues(new Uint8Array(16)), (b) => b.toString(16).padStart(2, "0")).join("");
 
 export function newConversation(system = "") {
@@ -65,8 +68,7 @@ export function validated(value) {
     for (const id of Array.isArray(from.children) ? from.children : []) {
       const node = value.nodes[id];
       if (!node || (node.role !== "user" && node.role !== "assistant") || typeof node.text !== "string") fail("a message is damaged");
-      const { model, usage, seconds, first, finish, citations, trace, support, error } = node;
-      const more = node.role === "assistant" ? { model, usage, seconds, first, finish, citations, trace, support, error } : {};
+      const more = node.role === "assistant" ? Object.fromEntries(BROUGHT.map((name) => [name, node[name]])) : {};
       const made = add(conversation, parent, node.role, node.text, { ...more, time: Number(node.time) || 0 });
       copy(node, made.id, depth + 1);
     }
