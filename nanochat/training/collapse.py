@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 LEAST = 2  # rounds before a comparison means anything
+MEMORY = 30  # rounds that tell how noisy a round is
 WATCHED = ("reward", "format", "entropy", "truncated")
 
 
@@ -23,10 +24,11 @@ class Limits:
     """When rounds look like a collapse. `window`: rounds averaged, fewer at first: with a learning rate that is far too
     high all is lost before it is full. `patience`: bad rounds in a row."""
 
-    window: int = 5
+    window: int = 8
     patience: int = 3
     reward_drop: float = 0.2  # below the best window, in units of reward...
-    reward_share: float = 0.4  # ...or this share of the best window lost, when that is more than half of reward_drop
+    reward_share: float = 0.5  # ...or this share of the best window lost, when that is more than half of reward_drop
+    noise: float = 3.5  # and in any case more standard errors of the difference of two windows than this
     format_share: float = 0.5  # of the best window
     entropy_rise: float = 3.0  # times the first window's, and at least 0.5 nats more
     entropy_floor: float = 0.02  # times the first window's
@@ -46,12 +48,17 @@ class Detector:
         self.first: dict[str, float] = {}
         self.best: dict[str, float] = {}
         self.bad = 0
+        self.spread, self.n_spread = 0.0, 0  # mean change of the reward from round to round
 
     def update(self, means: Mapping[str, float]) -> str:
         """After a round with means of `WATCHED`: the reason for a collapse, or an empty text."""
         values = {name: float(means[name]) for name in WATCHED}
         if not all(map(math.isfinite, values.values())):
             return "a mean of the rollouts is not finite: " + ", ".join(f"{k} {v}" for k, v in values.items())
+        if self.recent:
+            self.n_spread += 1
+            change = abs(values["reward"] - self.recent[-1]["reward"])
+            self.spread += (change - self.spread) / min(self.n_spread, MEMORY)
         self.recent.append(values)
         if len(self.recent) < LEAST:
             return ""
@@ -70,7 +77,9 @@ class Detector:
         lost = best["reward"] - now["reward"]
         enough = lost > limits.reward_drop
         enough |= lost > limits.reward_drop / 2 and lost > limits.reward_share * abs(best["reward"])
-        if enough:
+        # the mean change of independent normal rounds is 2 / sqrt(pi) of their standard deviation
+        error = self.spread * math.sqrt(math.pi) / 2 * math.sqrt(2 / len(self.recent))
+        if enough and lost > limits.noise * error:
             return f"the reward fell from {best['reward']:.3f} to {now['reward']:.3f}"
         signs = self.signs(now)
         stalled = now["reward"] <= self.first["reward"]
@@ -89,9 +98,11 @@ class Detector:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        return {"recent": list(self.recent), "first": self.first, "best": self.best, "bad": self.bad}
+        names = ("first", "best", "bad", "spread", "n_spread")
+        return {"recent": list(self.recent), **{name: getattr(self, name) for name in names}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.forget()
         self.recent.extend(state["recent"])
-        self.first, self.best, self.bad = state["first"], state["best"], state["bad"]
+        for name in ("first", "best", "bad", "spread", "n_spread"):
+            setattr(self, name, state[name])
