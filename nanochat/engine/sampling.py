@@ -19,6 +19,7 @@ from torch import Tensor
 from nanochat.errors import UsageError
 
 BLOCK = 128  # tokens whose weights are summed together when drawing from a large vocabulary
+COLDEST = 1e-6  # temperatures below are 0: their inverse is too large for fp32
 FIRST_CANDIDATES = 512  # top-p rarely needs more; sorting the whole vocabulary costs 20 times as much
 
 
@@ -88,7 +89,7 @@ def sample(logits_BV: Tensor, sampling: Sampling, streams: Sequence[Stream]) -> 
     below_BV = logits_BV.sub_(best_B1)
     weights_BV = torch.exp(below_BV)
     norm_B = weights_BV.sum(dim=-1)
-    if sampling.temperature > 0.0 and sampling.top_k != 1:
+    if sampling.temperature >= COLDEST and sampling.top_k != 1:
         uniform_B = torch.tensor([stream.uniform() for stream in streams], device=logits_BV.device)
         if sampling.temperature != 1.0:
             weights_BV = torch.mul(below_BV, 1 / sampling.temperature, out=weights_BV).exp_()
@@ -107,8 +108,9 @@ def draw(weights_BV: Tensor, sampling: Sampling, uniform_B: Tensor) -> Tensor:
     kept_BK, index_BK = candidates(weights_BV, sampling)
     if sampling.top_p < 1.0:
         mass_B1 = (kept_BK if sampling.top_k else weights_BV).sum(dim=-1, keepdim=True)
-        before_BK = kept_BK.cumsum(dim=-1) - kept_BK  # the first token always stays
-        kept_BK = kept_BK.masked_fill(before_BK >= sampling.top_p * mass_B1, 0.0)
+        cut_BK = kept_BK.cumsum(dim=-1) - kept_BK >= sampling.top_p * mass_B1
+        cut_BK[:, 0] = False  # the first token always stays, however small top_p is
+        kept_BK = kept_BK.masked_fill(cut_BK, 0.0)
     choice_B = invert(kept_BK, uniform_B)
     return index_BK.gather(1, choice_B[:, None])[:, 0]
 

@@ -82,6 +82,13 @@ def test_a_row_does_not_depend_on_its_batch():
         assert whole == alone
 
 
+@pytest.mark.parametrize("least", [{"top_p": 5e-324}, {"temperature": 5e-324}, {"temperature": 1e-39}])
+def test_the_smallest_numbers_are_greedy(least):
+    logits = torch.randn(2, 500, generator=torch.Generator().manual_seed(1))
+    streams = [Stream(0, i) for i in range(2)]
+    assert sample(logits.clone(), Sampling(**least), streams)[0] == logits.argmax(-1).tolist()
+
+
 def test_top_p_reaches_beyond_the_first_candidates():
     flat = torch.zeros(1, 5000)
     s = Sampling(temperature=1.0, top_p=0.99)
