@@ -79,9 +79,7 @@ def compare(
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + exp(-x)) without overflow."""
-    e = tl.exp(-tl.abs(x))
-    return tl.where(x >= 0, 1.0, e) / (1.0 + e)
+    return 1.0 / (1.0 + tl.exp(-x))  # where exp overflows the quotient is 0, as it should be
 
 
 @triton.jit

@@ -21,16 +21,29 @@ from nanochat.errors import UsageError
 from nanochat.kernels.conv import CAUSAL_CONV, MAX_TAPS, final_state
 from nanochat.kernels.triton_common import DTYPES, compare, dense, launch, sigmoid
 
-BLOCK, STRETCH = 128, 128  # channels and steps of a program (one warp)
+BLOCK, BLOCK_BACKWARD = 256, 128  # channels of a program (one warp)
+STRETCH = 128  # steps of a program
+
+
+@triton.jit
+def _before(x, past, segments, first, b, e, inside, n_time, n_inner, x_step, PACKED: tl.constexpr):
+    """The three inputs before `first` that its window may see, the newest first; before the row from `past`."""
+    x1 = _input(x, past, first - 1, b, e, inside, n_inner, x_step)
+    x2 = _input(x, past, first - 2, b, e, inside, n_inner, x_step)
+    x3 = _input(x, past, first - 3, b, e, inside, n_inner, x_step)
+    if PACKED:
+        newest, newer = _is_first(segments, first - 1, n_time), _is_first(segments, first - 2, n_time)
+        x2 = tl.where(newest, 0.0, x2)
+        x3 = tl.where(newest | newer, 0.0, x3)
+    return x1, x2, x3
 
 
 @triton.jit
 def _input(x, past, t, b, e, inside, n_inner, x_step):
-    """The input at t: before the row from `past` (B, 3, E), behind it zero."""
     if t < 0:
         x_E = tl.load(past + (b * 3 + t + 3) * n_inner + e, mask=inside, other=0.0).to(tl.float32)
     else:
-        x_E = tl.load(x + t * x_step + e, mask=inside, other=0.0).to(tl.float32)
+        x_E = tl.load(x + t * x_step, mask=inside, other=0.0).to(tl.float32)
     return x_E
 
 
@@ -42,8 +55,20 @@ def _is_first(segments, t, n_time):
 
 
 @triton.jit
+def _four(x, t, n_time, x_step, inside):
+    """Four tokens from t on; behind the row its last one again. Asked for all at once, and long before they are used:
+    it takes that many loads on their way to fill the memory bus."""
+    last = n_time - 1
+    a = tl.load(x + tl.minimum(t, last) * x_step, mask=inside, other=0.0)
+    b = tl.load(x + tl.minimum(t + 1, last) * x_step, mask=inside, other=0.0)
+    c = tl.load(x + tl.minimum(t + 2, last) * x_step, mask=inside, other=0.0)
+    d = tl.load(x + tl.minimum(t + 3, last) * x_step, mask=inside, other=0.0)
+    return a, b, c, d
+
+
+@triton.jit
 def _taps(weight, bias, e, inside, BIAS: tl.constexpr):
-    """Weights (4, E) by lag, and the bias."""
+    """Weights of lags 0 to 3, and the bias; each (BLOCK,)."""
     w0 = tl.load(weight + e * 4 + 3, mask=inside, other=0.0)
     w1 = tl.load(weight + e * 4 + 2, mask=inside, other=0.0)
     w2 = tl.load(weight + e * 4 + 1, mask=inside, other=0.0)
@@ -60,30 +85,29 @@ def _forward_kernel(
     e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     b, inside = tl.program_id(2).to(tl.int64), e < n_inner
     w0, w1, w2, w3, bias_E = _taps(weight, bias, e, inside, BIAS)
-    x += b * x_row
+    x += b * x_row + e
     y += b * n_time * n_inner + e
     if PACKED:
         segments += b * n_time
     first = (tl.program_id(1) * STRETCH).to(tl.int64)
-    x3 = _input(x, past, first - 3, b, e, inside, n_inner, x_step)
-    x2 = _input(x, past, first - 2, b, e, inside, n_inner, x_step)
-    x1 = _input(x, past, first - 1, b, e, inside, n_inner, x_step)
-    if PACKED:  # a window that begins in the stretch before
-        newer = _is_first(segments, first - 1, n_time)
-        x2 = tl.where(newer, 0.0, x2)
-        x3 = tl.where(newer | _is_first(segments, first - 2, n_time), 0.0, x3)
-    x_next = tl.load(x + first * x_step + e, mask=inside, other=0.0)
-    for t in range(first, tl.minimum(first + STRETCH, n_time)):
-        x0 = x_next.to(tl.float32)
-        x_next = tl.load(x + tl.minimum(t + 1, n_time - 1) * x_step + e, mask=inside, other=0.0)
-        if PACKED:
-            new = _is_first(segments, t, n_time)
-            x1, x2, x3 = tl.where(new, 0.0, x1), tl.where(new, 0.0, x2), tl.where(new, 0.0, x3)
-        sum_E = bias_E + w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
-        if ACTIVATION:
-            sum_E *= sigmoid(sum_E)
-        tl.store(y + t * n_inner, sum_E.to(y.dtype.element_ty), mask=inside)
-        x1, x2, x3 = x0, x1, x2
+    stop = tl.minimum(first + STRETCH, n_time)
+    zero = tl.zeros((BLOCK,), tl.float32)
+    x1, x2, x3 = _before(x, past, segments, first, b, e, inside, n_time, n_inner, x_step, PACKED)
+    next0, next1, next2, next3 = _four(x, first, n_time, x_step, inside)
+    for start in range(first, stop, 4):
+        tokens = (next0, next1, next2, next3)
+        next0, next1, next2, next3 = _four(x, start + 4, n_time, x_step, inside)
+        for i in tl.static_range(4):
+            t = start + i
+            x0 = tokens[i].to(tl.float32)
+            if PACKED:  # noqa: SIM102 (known when compiled; what it guards only when run)
+                if _is_first(segments, t, n_time):
+                    x1, x2, x3 = zero, zero, zero
+            sum_E = bias_E + w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
+            if ACTIVATION:
+                sum_E *= sigmoid(sum_E)
+            tl.store(y + t * n_inner, sum_E.to(y.dtype.element_ty), mask=e < tl.where(t < stop, n_inner, 0))
+            x1, x2, x3 = x0, x1, x2
 
 
 @triton.jit
@@ -98,53 +122,52 @@ def _backward_kernel(
     e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     b, z, inside = tl.program_id(2).to(tl.int64), tl.program_id(1), e < n_inner
     w0, w1, w2, w3, bias_E = _taps(weight, bias, e, inside, BIAS)
-    x += b * x_row
+    x += b * x_row + e
     dy += b * dy_row + e
     dx += b * n_time * n_inner + e
     if PACKED:
         segments += b * n_time
     first = (z * STRETCH).to(tl.int64)
     stop = tl.minimum(first + STRETCH, n_time)
-    x3 = _input(x, past, first - 3, b, e, inside, n_inner, x_step)
-    x2 = _input(x, past, first - 2, b, e, inside, n_inner, x_step)
-    x1 = _input(x, past, first - 1, b, e, inside, n_inner, x_step)
-    if PACKED:
-        newer = _is_first(segments, first - 1, n_time)
-        x2 = tl.where(newer, 0.0, x2)
-        x3 = tl.where(newer | _is_first(segments, first - 2, n_time), 0.0, x3)
     zero = tl.zeros((BLOCK,), tl.float32)
-    dw0, dw1, dw2, dw3, db, d1, d2, d3 = zero, zero, zero, zero, zero, zero, zero, zero
-    # d1, d2, d3: what the inputs at t - 1, t - 2, t - 3 have received so far
-    x_next = tl.load(x + first * x_step + e, mask=inside, other=0.0)
-    dy_next = tl.load(dy + first * dy_step, mask=inside, other=0.0)
-    for t in range(first, stop + 3):
-        x0, ds = x_next.to(tl.float32), tl.where(t < n_time, dy_next.to(tl.float32), 0.0)
-        at, later = tl.minimum(t, n_time - 1), tl.minimum(t + 1, n_time - 1)
-        x_next = tl.load(x + later * x_step + e, mask=inside, other=0.0)
-        dy_next = tl.load(dy + later * dy_step, mask=inside, other=0.0)
-        w1_, w2_, w3_ = w1, w2, w3
-        if PACKED:
-            new = _is_first(segments, at, n_time)
-            x1, x2, x3 = tl.where(new, 0.0, x1), tl.where(new, 0.0, x2), tl.where(new, 0.0, x3)
-            # no lag may reach over the document's beginning
-            second, third = _is_first(segments, at - 1, n_time), _is_first(segments, at - 2, n_time)
-            w1_ = tl.where(new, 0.0, w1)
-            w2_ = tl.where(new | second, 0.0, w2)
-            w3_ = tl.where(new | second | third, 0.0, w3)
-        if ACTIVATION:
-            sum_E = bias_E + w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
-            sigma_E = sigmoid(sum_E)
-            ds *= sigma_E * (1.0 + sum_E * (1.0 - sigma_E))
-        own = tl.where(t < stop, ds, 0.0)
-        dw0, dw1, dw2, dw3, db = dw0 + own * x0, dw1 + own * x1, dw2 + own * x2, dw3 + own * x3, db + own
-        whole_E, place = d3 + w3_ * ds, t - 3  # of the input at t - 3, which no later sum contains
-        if place >= first:
-            tl.store(dx + place * n_inner, whole_E.to(dx.dtype.element_ty), mask=inside)
-        else:
-            if z == 0:
-                tl.store(dpast + (b * 3 + place + 3) * n_inner + e, whole_E, mask=inside)
-        d3, d2, d1 = d2 + w2_ * ds, d1 + w1_ * ds, w0 * ds
-        x1, x2, x3 = x0, x1, x2
+    x1, x2, x3 = _before(x, past, segments, first, b, e, inside, n_time, n_inner, x_step, PACKED)
+    dw0, dw1, dw2, dw3, db = zero, zero, zero, zero, zero
+    d1, d2, d3 = zero, zero, zero  # what the inputs at t - 1, t - 2, t - 3 have received so far
+    next0, next1, next2, next3 = _four(x, first, n_time, x_step, inside)
+    dnext0, dnext1, dnext2, dnext3 = _four(dy, first, n_time, dy_step, inside)
+    for start in range(first, stop + 3, 4):
+        tokens, dtokens = (next0, next1, next2, next3), (dnext0, dnext1, dnext2, dnext3)
+        next0, next1, next2, next3 = _four(x, start + 4, n_time, x_step, inside)
+        dnext0, dnext1, dnext2, dnext3 = _four(dy, start + 4, n_time, dy_step, inside)
+        for i in tl.static_range(4):
+            t = start + i
+            x0, dsum = tokens[i].to(tl.float32), tl.where(t < n_time, dtokens[i].to(tl.float32), 0.0)
+            if PACKED:  # noqa: SIM102 (known when compiled; what it guards only when run)
+                if _is_first(segments, t, n_time):
+                    x1, x2, x3 = zero, zero, zero
+            if ACTIVATION:
+                sum_E = bias_E + w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
+                sigma_E = sigmoid(sum_E)
+                dsum *= sigma_E * (1.0 + sum_E * (1.0 - sigma_E))
+            own = tl.where(t < stop, dsum, 0.0)
+            dw0, dw1, dw2, dw3, db = dw0 + own * x0, dw1 + own * x1, dw2 + own * x2, dw3 + own * x3, db + own
+            to1, to2, to3 = w1 * dsum, w2 * dsum, w3 * dsum  # for the inputs so many places before
+            if PACKED:  # none over the beginning of a document
+                new = _is_first(segments, t, n_time)
+                new2 = new | _is_first(segments, t - 1, n_time)
+                new3 = new2 | _is_first(segments, t - 2, n_time)
+                if new3:
+                    to1, to2 = tl.where(new, 0.0, to1), tl.where(new2, 0.0, to2)
+                    to3 = zero
+            place = t - 3  # whose gradient is whole: no later sum contains that input
+            if place < first:
+                if z == 0:
+                    tl.store(dpast + (b * 3 + place + 3) * n_inner + e, d3 + to3, mask=inside)
+            else:
+                store = e < tl.where(place < stop, n_inner, 0)
+                tl.store(dx + place * n_inner, (d3 + to3).to(dx.dtype.element_ty), mask=store)
+            d3, d2, d1 = d2 + to2, d1 + to1, w0 * dsum
+            x1, x2, x3 = x0, x1, x2
     part = b * tl.num_programs(1) + z
     dweight += part * n_inner * 4 + e * 4
     tl.store(dweight + 3, dw0, mask=inside)
@@ -154,8 +177,8 @@ def _backward_kernel(
     tl.store(dbias + part * n_inner + e, db, mask=inside)
 
 
-def _grid(x: Tensor) -> tuple[int, int, int]:
-    return triton.cdiv(x.shape[2], BLOCK), triton.cdiv(x.shape[1], STRETCH), x.shape[0]
+def _grid(x: Tensor, block: int) -> tuple[int, int, int]:
+    return triton.cdiv(x.shape[2], block), triton.cdiv(x.shape[1], STRETCH), x.shape[0]
 
 
 @torch.library.custom_op("nanochat::causal_conv", mutates_args=())
@@ -165,8 +188,9 @@ def _conv(
     """`weight` (E, 4) and `bias` (E,) in float32, `past` (B, 3, E)."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     launch(
-        _forward_kernel, _grid(x), x, weight, bias, past, segments, y, *x.shape[1:], *x.stride()[:2], BLOCK=BLOCK,
-        STRETCH=STRETCH, BIAS=bias is not None, PACKED=segments is not None, ACTIVATION=activation, num_warps=1,
+        _forward_kernel, _grid(x, BLOCK), x, weight, bias, past, segments, y, *x.shape[1:], *x.stride()[:2],
+        BLOCK=BLOCK, STRETCH=STRETCH, BIAS=bias is not None, PACKED=segments is not None, ACTIVATION=activation,
+        num_warps=1,
     )  # fmt: skip
     return y
 
@@ -188,8 +212,8 @@ def _conv_backward(
     dweight, dbias = weight.new_empty(n_part, *weight.shape), weight.new_empty(n_part, x.shape[2])
     dpast = torch.empty_like(past, dtype=torch.float32)
     launch(
-        _backward_kernel, _grid(x), dy, x, weight, bias, past, segments, dx, dpast, dweight, dbias, *x.shape[1:],
-        *dy.stride()[:2], *x.stride()[:2], BLOCK=BLOCK, STRETCH=STRETCH, BIAS=bias is not None,
+        _backward_kernel, _grid(x, BLOCK_BACKWARD), dy, x, weight, bias, past, segments, dx, dpast, dweight, dbias,
+        *x.shape[1:], *dy.stride()[:2], *x.stride()[:2], BLOCK=BLOCK_BACKWARD, STRETCH=STRETCH, BIAS=bias is not None,
         PACKED=segments is not None, ACTIVATION=activation, num_warps=1,
     )  # fmt: skip
     return dx, dweight.sum(0), dbias.sum(0), dpast
@@ -249,7 +273,7 @@ def self_check(device: torch.device) -> None:
 
     Two stretches, documents, an initial state, in float32 and bfloat16.
     """
-    n_time, n_inner = STRETCH + 5, BLOCK + 8
+    n_time, n_inner = STRETCH + 5, BLOCK + BLOCK // 4
     g = torch.Generator().manual_seed(0)
     shapes = (1, n_time, n_inner), (n_inner, 4), (n_inner,), (1, 3, n_inner)
     inputs = [torch.randn(shape, generator=g) for shape in shapes]

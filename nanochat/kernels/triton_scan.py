@@ -17,6 +17,8 @@ Letters: B batch, T time, E inner width, N state size, S splits; `h` is a tile (
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -58,12 +60,13 @@ def _vector(x, n, N: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def _drop(segments, t, PACKED: tl.constexpr):
+def _drop(segments, t, n_time, PACKED: tl.constexpr):
     """What is added to the exponents of token t's decays: minus infinity where a new document begins."""
     drop = 0.0
     if PACKED:
-        here, before = tl.load(segments + t), tl.load(segments + tl.maximum(t - 1, 0))
-        drop = tl.where(here != before, -float("inf"), 0.0)
+        at = tl.minimum(t, n_time - 1)
+        here, before = tl.load(segments + at), tl.load(segments + tl.maximum(at - 1, 0))
+        drop = tl.where((here != before) & (t < n_time), -float("inf"), 0.0)
     return drop
 
 
@@ -117,7 +120,7 @@ def _forward_kernel(
         later = tl.minimum(t + 1, n_time - 1)
         u_next, dt_next = tl.load(u + later * u_step), tl.load(dt + later * dt_step)
         B_next, C_next = _vector(B + later * B_step, n, N, ROWS, LANES), _vector(C + later * C_step, n, N, ROWS, LANES)
-        delta_E, drop = _delta(dt_E, bias_E, t, length, BIAS), _drop(segments, t, PACKED)
+        delta_E, drop = _delta(dt_E, bias_E, t, length, BIAS), _drop(segments, t, n_time, PACKED)
         if LOCAL:
             total_E += delta_E
             alive += drop
@@ -192,7 +195,7 @@ def _local_gradient_kernel(
         t = stop - 1 - back
         _, dscan_E, _ = _gated(dy, gate, t, e < n_inner, dy_step, gate_step, GATE)
         delta_E = _delta(tl.load(dt + t * dt_step), bias_E, t, length, BIAS)
-        drop = _drop(segments, t, PACKED)
+        drop = _drop(segments, t, n_time, PACKED)
         total_E += delta_E
         alive += drop
         g += dscan_E[None, :, None] * _vector(C + t * C_step, n, N, ROWS, LANES)
@@ -245,20 +248,24 @@ def _backward_kernel(
         for j in range(KEEP // UNROLL):
             tl.store(notes + j * SIZE, h)
             for i in tl.static_range(UNROLL):
-                t = tl.minimum(start + j * UNROLL + i, n_time - 1)
-                delta_E = _delta(tl.load(dt + t * dt_step), bias_E, start + j * UNROLL + i, length, BIAS)
+                true_t = start + j * UNROLL + i
+                t = tl.minimum(true_t, n_time - 1)
+                delta_E = _delta(tl.load(dt + t * dt_step), bias_E, true_t, length, BIAS)
                 B_N, u_E = _vector(B + t * B_step, n, N, ROWS, LANES), tl.load(u + t * u_step).to(tl.float32)
-                h = _decay(delta_E, A2, _drop(segments, t, PACKED)) * h + (delta_E * u_E)[None, :, None] * B_N
+                h *= _decay(delta_E, A2, _drop(segments, true_t, n_time, PACKED))
+                h += (delta_E * u_E)[None, :, None] * B_N
         tl.debug_barrier()  # the notes are read by the threads of this program, not all by the one that wrote them
         for back_j in range(KEEP // UNROLL):
             j = KEEP // UNROLL - 1 - back_j
             h = tl.load(notes + j * SIZE)
             states = (h,)
             for i in tl.static_range(UNROLL - 1):
-                t = tl.minimum(start + j * UNROLL + i, n_time - 1)
-                delta_E = _delta(tl.load(dt + t * dt_step), bias_E, start + j * UNROLL + i, length, BIAS)
+                true_t = start + j * UNROLL + i
+                t = tl.minimum(true_t, n_time - 1)
+                delta_E = _delta(tl.load(dt + t * dt_step), bias_E, true_t, length, BIAS)
                 B_N, u_E = _vector(B + t * B_step, n, N, ROWS, LANES), tl.load(u + t * u_step).to(tl.float32)
-                h = _decay(delta_E, A2, _drop(segments, t, PACKED)) * h + (delta_E * u_E)[None, :, None] * B_N
+                h *= _decay(delta_E, A2, _drop(segments, true_t, n_time, PACKED))
+                h += (delta_E * u_E)[None, :, None] * B_N
                 states = states + (h,)  # noqa: RUF005 (Triton knows no star)
             for i in tl.static_range(UNROLL):
                 true_t = start + j * UNROLL + (UNROLL - 1 - i)
@@ -270,7 +277,8 @@ def _backward_kernel(
                 dout_E, dscan_E, gate_E = _gated(dy, gate, t, store, dy_step, gate_step, GATE)
                 delta_E = _delta(dt_E, bias_E, true_t, length, BIAS)
                 input_E = delta_E * u_E
-                passed = _decay(delta_E, A2, _drop(segments, t, PACKED)) * states[UNROLL - 1 - i]
+                decay = _decay(delta_E, A2, _drop(segments, true_t, n_time, PACKED))
+                passed = decay * states[UNROLL - 1 - i]
                 h = passed + input_E[None, :, None] * B_N
                 g += dscan_E[None, :, None] * C_N
                 if GATE:
@@ -283,7 +291,7 @@ def _backward_kernel(
                 tl.store(dB + t * N, tl.sum(g * input_E[None, :, None], 1), mask=vector)
                 dinput_E = tl.sum(tl.sum(g * B_N, 2), 0)
                 q = g * passed
-                g *= _decay(delta_E, A2, _drop(segments, t, PACKED))
+                g *= decay
                 dA_NE += q * delta_E[None, :, None]
                 ddelta_E = tl.sum(tl.sum(q * A2, 2), 0) * LN2 + dinput_E * u_E
                 ddelta_E = tl.where(true_t < length, ddelta_E, 0.0)
@@ -491,7 +499,7 @@ def self_check(device: torch.device) -> None:
 
     Two splits of time, documents, an initial state, in float32 and bfloat16.
     """
-    n_batch, n_time, n_inner, n_state = 1, KEEP + 5, BLOCK + 8, 16
+    n_batch, n_time, n_inner, n_state = 1, KEEP + 5, BLOCK + BLOCK // 4, 16
     g = torch.Generator().manual_seed(0)
     sequence, vector = (n_batch, n_time, n_inner), (n_batch, n_time, n_state)
     shapes = [sequence, sequence, (n_inner, n_state), vector, vector, (n_inner,), (n_batch, n_inner, n_state)]
@@ -499,12 +507,8 @@ def self_check(device: torch.device) -> None:
     inputs[2] = -inputs[2].exp()
     segments = (torch.arange(n_time, device=device) >= KEEP - 3).int().expand(n_batch, -1)
 
-    def kernel(*x: Any) -> tuple[Tensor, Tensor]:
-        return selective_scan(*x[:7], segments, None, x[7], x[8], KEEP)
-
-    def oracle(*x: Any) -> tuple[Tensor, Tensor]:
-        return SELECTIVE_SCAN["ref"](*x[:7], segments, None, *x[7:])
-
+    ops: tuple[Callable[..., Any], ...] = partial(selective_scan, steps=KEEP), SELECTIVE_SCAN["ref"]
+    kernel, oracle = (lambda *x, op=op: op(*x[:7], segments, None, *x[7:]) for op in ops)
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 3e-2)):
         given = [x.to(device, dtype if i in (0, 1, 3, 4, 8) else torch.float32) for i, x in enumerate(inputs)]
         compare(kernel, oracle, given, tolerance, str(dtype))
