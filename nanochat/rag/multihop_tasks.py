@@ -25,6 +25,7 @@ from nanochat.errors import UsageError
 from nanochat.rag.knowledge import Library, Searcher
 from nanochat.rag.multihop import SearchTool, documents_of
 from nanochat.rag.questions import RagQuestion
+from nanochat.rag.prompt import heading
 from nanochat.rag.tasks import as_document, cited_answer
 from nanochat.retrieval.document import Document, Hit
 from nanochat.tasks.task import Task, check_index
@@ -104,11 +105,11 @@ def trace(
     for query in queries:
         result = tool.run([Request(query, 0, calls, max_result_tokens)])[0]
         calls = (*calls, Call(0, query, result.value, 0, tool.name))
-        parts += [{"type": "search", "text": query}, *result.parts]
-    shown = [document.id for document in documents_of(calls)]
-    if not gold or not set(gold) <= set(shown):
+        parts += [{"type": "search", "text": f" {query}"}, *result.parts]  # names have the tokens of the question's
+    headings = {document.id: heading(document.title, n) for n, document in enumerate(documents_of(calls), 1)}
+    if not gold or not set(gold) <= set(headings):
         return [*parts, *abstention()]
-    return [*parts, *cited_answer([shown.index(one) + 1 for one in gold], sentence)]
+    return [*parts, *cited_answer([headings[one] for one in gold], sentence)]
 
 
 def as_conversation(
