@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from typing import Any
 
 from nanochat.report_chart import Series, line_chart, short, smooth
-from nanochat.report_style import STYLE
+from nanochat.report_style import STYLE, text
 
 # metric -> (what it is called on its tile, what it says); these come first, in this order
 HEADLINES = {
@@ -29,13 +27,6 @@ SHARES = ("_accuracy", "_abstained", "_abstain", "_em", "_always_first", "_rando
 BLOCKS = {"T": (0, "attention"), "M": (1, "Mamba"), "M2": (2, "Mamba-2")}
 MOST_SAMPLES = 12  # of one kind or task
 SMOOTHED_FROM = 100  # points of a noisy curve
-
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
-
-
-def text(value: Any) -> str:
-    """Any value as HTML text: escaped, without characters that HTML forbids."""
-    return escape(_CONTROL.sub("\ufffd", str(value)))
 
 
 def page(report: Mapping[str, Any], logs: Mapping[str, Sequence[dict[str, Any]]]) -> str:

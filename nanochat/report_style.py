@@ -1,4 +1,13 @@
-"""The style sheet of the report: system fonts, series colours that colour-blind eyes can tell apart, two themes."""
+"""What every part of the report shares: the style sheet (system fonts, series colours that colour-blind eyes can tell
+apart, two themes), and any value as HTML text."""
+
+from __future__ import annotations
+
+import re
+from html import escape
+from typing import Any
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 STYLE = """
 :root{color-scheme:light dark;--page:#f7f7f5;--card:#fff;--ink:#16161a;--soft:#5b5b63;--faint:#8b8b93;--rule:#e4e4de;
@@ -66,3 +75,8 @@ pre{background:var(--page);border-radius:8px;padding:12px 14px;overflow-x:auto;f
 footer{color:var(--faint);font-size:12.5px}
 @media print{body{background:#fff}section,.tile{break-inside:avoid}}
 """
+
+
+def text(value: Any) -> str:
+    """Any value as HTML text: escaped, without characters that HTML forbids."""
+    return escape(_CONTROL.sub("\ufffd", str(value)))
