@@ -79,7 +79,7 @@ def trace_of(
     answer, wanted = read_answer(rollout, tokenizer), dict.fromkeys(gold)
     turns, start = [], 0
     for call in rollout.calls:
-        thinking = tokenizer.decode(_before_call(rollout.ids[start : call.at], call, tokenizer)).strip()
+        thinking = tokenizer.decode(_thinking(rollout.ids[start : call.at], tokenizer)).strip()
         shown = _shown(call, wanted, answer.citations)
         query = call.result.query if isinstance(call.result, Hop) else ""
         output = "" if isinstance(call.result, Hop) else str(call.result)
@@ -93,7 +93,7 @@ def trace_of(
     )  # fmt: skip
 
 
-def _before_call(ids: Sequence[int], call: Call, tokenizer: Tokenizer) -> list[int]:
+def _thinking(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
     """What the model said before the call began; special tokens left out."""
     starts = [tokenizer.special(name) for name in ("search_start", "tool_call_start")]
     begun = next((i for i, token in enumerate(ids) if token in starts), len(ids))
