@@ -47,6 +47,8 @@ TABLES = [  # heading, class
     ("retrieval reindex", "nanochat.retrieval.settings:ReindexSettings"),
     ("report", "nanochat.report:ReportSettings"),
     ("export_tokenizer", "nanochat.export:ExportTokenizerSettings"),
+    ("export_model", "nanochat.export:ExportModelSettings"),
+    ("import_model", "nanochat.export:ImportModelSettings"),
     ("doctor", "nanochat.doctor:DoctorSettings"),
 ]
 

@@ -61,7 +61,8 @@ def test_gradients_are_those_of_a_long_row(name: str) -> None:
 def test_attention_carries_a_row_or_its_window() -> None:
     lm = model("window", sequence_len=16)
     sizes = [state.tensors()["k"].size(1) for state in lm.init_carry(1)]
-    assert sizes == [4, 4, 16]  # window 5 on two layers, full attention on the third
+    before = 4 + lm.config.key_offset  # a query sees itself and so many; the first of them needs the one before
+    assert sizes == [before, before, 16]  # window 5 on two layers, full attention on the third
 
 
 def test_a_kv_cache_is_no_place_for_several_documents() -> None:
