@@ -26,7 +26,7 @@ from nanochat.errors import UsageError
 Op = TypeVar("Op", bound=Callable[..., object])
 
 logger = logging.getLogger("nanochat")
-_logged: set[tuple[str, str]] = set()
+decisions: dict[tuple[str, str], str] = {}  # what has run in this process: (operation, implementation) -> why
 
 # which module of nanochat.kernels holds an operation's Triton kernel; its `self_check(device)` compares it with the
 # reference and raises where they differ
@@ -52,7 +52,7 @@ def choose(op: str, table: Mapping[str, Op], default: str, like: Tensor | None =
     """
     device = "cpu" if like is None or like.device.type != "cuda" else str(like.device)
     if device != "cpu" and like is not None and like.dtype == torch.float64:
-        unfit = "float64"
+        unfit = unfit or "float64"
     return table[_decide(op, tuple(table), default, device, unfit)]
 
 
@@ -79,8 +79,8 @@ _decide._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _log(op: str, name: str, reason: str, level: int = logging.INFO) -> str:
-    if (op, name) not in _logged:
-        _logged.add((op, name))
+    if (op, name) not in decisions:
+        decisions[op, name] = reason
         logger.log(level, "kernel %s: %s%s", op, name, f" ({reason})" if reason else "")
     return name
 

@@ -16,7 +16,7 @@ GPU = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
 @pytest.fixture(autouse=True)
 def _gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with a recent GPU and Triton, a fresh process, and an operation `op` whose check always passes."""
-    monkeypatch.setattr(dispatch, "_logged", set())
+    monkeypatch.setattr(dispatch, "decisions", {})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
     monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: object())
@@ -76,7 +76,7 @@ def test_an_old_gpu_and_a_missing_triton_are_warnings_with_a_remedy(
     assert chosen() == "plain"
     assert "compute capability 7.5, the kernels need 8.0" in caplog.text
     dispatch.triton_problem.cache_clear()
-    dispatch._logged.clear()
+    dispatch.decisions.clear()
     monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
     assert chosen() == "plain"
     assert "pip install triton" in caplog.text
