@@ -22,6 +22,7 @@ from nanochat.engine.sampling import sample
 from nanochat.engine.ticket import Event, Request, Ticket
 from nanochat.model.lm import LM
 from nanochat.model.mixer import State
+from nanochat.runtime import log
 from nanochat.tokenizer import Tokenizer
 
 Likely = list[tuple[int, float]]  # tokens with their log-probabilities in nats
@@ -277,8 +278,12 @@ class Jobs:
     # ---- the prefix cache
 
     def _keep(self, ids: Sequence[int], states: list[State]) -> None:
-        if self.prefixes is not None:
+        if self.prefixes is None:
+            return
+        try:
             self.prefixes.put(ids, states)
+        except Exception as error:  # no memory, say; the requests go on without
+            log.warning("states of %d tokens could not be kept: %s", len(ids), error)
 
     def _keep_answers(self, rows: Sequence[Row]) -> None:
         """The states after prompt and answer: the next turn of the conversation begins with them."""
