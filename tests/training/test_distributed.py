@@ -28,10 +28,12 @@ def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
 def test_two_processes_train_as_one_and_resume_each_others_runs(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    roots = [copy_run(finished, tmp_path / name, "tokenizer") for name in ("whole", "begun", "cut", "alone")]
+    names = ("whole", "begun", "cut", "alone", "carried", "carried_alone")
+    roots = [copy_run(finished, tmp_path / name, "tokenizer") for name in names]
     # Cautious decay asks for signs, AdamW divides by small gradients: at full rates both blow rounding up to 1e-3.
     options = {"weight_decay": 0.0, "lr_scale": 0.005}
     train("base", roots[3], **options)
+    train("base", roots[5], **options, carry_state=True)
 
     def stop(self: Trainer) -> None:
         if self.progress.step == 7:
@@ -46,7 +48,10 @@ def test_two_processes_train_as_one_and_resume_each_others_runs(
 
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     result = subprocess.run(
-        [*torchrun, str(HERE / "two_ranks.py"), *map(str, roots[:3])], capture_output=True, text=True, timeout=300
+        [*torchrun, str(HERE / "two_ranks.py"), *map(str, [*roots[:3], roots[4]])],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr
     assert "resuming from" in result.stderr
@@ -57,6 +62,9 @@ def test_two_processes_train_as_one_and_resume_each_others_runs(
     assert checkpoint.steps(roots[2] / "tiny" / "base") == [3, 6]
     train("base", roots[2], **options)  # one process ends what two began
     assert_close(saved(roots[2]), expected)
+    assert checkpoint.steps(roots[4] / "tiny" / "base") == [3, 6]
+    train("base", roots[4], **options, carry_state=True)
+    assert_close(saved(roots[4]), saved(roots[5]))
 
     alone = read_log(roots[3] / "tiny/base/log.jsonl")
     both = read_log(roots[0] / "tiny/base/log.jsonl")
