@@ -1,7 +1,6 @@
 """Which implementation runs: what the user says, what the machine can do, and what a kernel's own check found."""
 
 import logging
-from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -108,10 +107,3 @@ def test_triton_on_a_cpu_needs_its_interpreter(monkeypatch: pytest.MonkeyPatch) 
         chosen(torch.zeros(1))
     with pytest.raises(UsageError, match="too wide"):
         chosen(unfit="too wide")
-
-
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-def test_every_kernel_that_is_dispatched_can_check_itself() -> None:
-    for name in {*dispatch.TRITON.values()} - {"triton_op"}:
-        module = __import__(f"nanochat.kernels.{name}", fromlist=["self_check"])
-        assert callable(module.self_check)

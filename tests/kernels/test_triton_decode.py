@@ -1,5 +1,7 @@
 """One token at a time in Triton's interpreter, against plain torch; states change in place."""
 
+from importlib import import_module
+
 import pytest
 import torch
 from test_conv import inputs as conv_inputs
@@ -8,12 +10,10 @@ from test_ssd import inputs as ssd_inputs
 from torch import Tensor
 
 pytest.importorskip("triton")
-from nanochat.kernels import triton_decode
+from nanochat.kernels import dispatch, triton_decode
 from nanochat.kernels.conv import CAUSAL_CONV_STEP
 from nanochat.kernels.scan import SELECTIVE_SCAN_STEP
 from nanochat.kernels.ssd import SSD_STEP
-
-SCAN, SSD, CONV = "SELECTIVE_SCAN_STEP", "SSD_STEP", "CAUSAL_CONV_STEP"
 
 
 def first_token(tensors: list[Tensor], *over_time: int) -> list[Tensor]:
@@ -80,3 +80,8 @@ def test_half_precision_activations_keep_a_float_state() -> None:
 
 def test_self_check() -> None:
     triton_decode.self_check(torch.device("cpu"))
+
+
+def test_every_operation_that_is_dispatched_can_check_its_kernel() -> None:
+    for name in dispatch.TRITON.values():
+        assert callable(import_module(f"nanochat.kernels.{name}").self_check)
