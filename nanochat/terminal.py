@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
+import os
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from nanochat import checkpoint, config, runtime
@@ -15,6 +18,7 @@ from nanochat.chat import ChatModel, load
 from nanochat.engine.generate import Completion
 from nanochat.engine.sampling import Sampling
 from nanochat.errors import NanochatError, UsageError
+from nanochat.line_input import read_message, reader
 from nanochat.rag.grounded import GroundedAnswer, GroundedChat
 from nanochat.rag.knowledge import open_knowledge
 from nanochat.rag.support import SUPPORTED
@@ -23,8 +27,13 @@ HELP = """\
 /new                start a new conversation
 /retry              another answer to the last message
 /system TEXT        start a new conversation with this system message
+/kb PATH            answer from the documents of this knowledge base (/kb off: without, /kb: which)
+/save FILE          write the conversation to a file; as a line of chats.jsonl it can train a model
+/load FILE          go on with a conversation that was saved
 /temp 0.5           change a sampling option: /temp, /top_k, /top_p, /min_p, /seed, /max_tokens (no value: show them)
-/help  /quit        Ctrl-C stops an answer, Ctrl-D leaves"""
+/help  /quit        Ctrl-C stops an answer, Ctrl-D leaves
+A message of several lines stands between two lines of \"\"\"; a line that ends with \\ goes on in the next one."""
+COMMANDS = ("/new", "/retry", "/system", "/kb", "/save", "/load", "/temp", "/help", "/quit")  # for completion
 
 
 @dataclass(frozen=True)
@@ -98,12 +107,17 @@ def chat_cli(argv: list[str] | None = None) -> int:
     knowledge = open_knowledge(settings.knowledge_base, settings.retriever_type) if settings.knowledge_base else None
     source = settings.find_source()
     model = load(source, settings.run, settings.out_dir, settings.device, settings.dtype, settings.quantize)
-    chat: ChatModel | GroundedChat = model
-    if knowledge is not None:
-        chat = model.with_knowledge(knowledge, top_k=settings.documents, document_tokens=settings.document_tokens)
+    options: dict[str, Any] = {"top_k": settings.documents, "document_tokens": settings.document_tokens}
+
+    def ground(path: str) -> ChatModel | GroundedChat:
+        return model.with_knowledge(open_knowledge(path, settings.retriever_type), **options) if path else model
+
+    chat = model if knowledge is None else model.with_knowledge(knowledge, **options)
     as_text = settings.mode == "text" or (settings.mode == "auto" and model.stage == "base" and knowledge is None)
-    where = f"{model.path}, {settings.knowledge_base}" if knowledge is not None else f"{model.path}"
-    session = Session(chat, sampling, as_text, settings.system, where)
+    session = Session(
+        chat, sampling, as_text, settings.system, str(model.path), settings.knowledge_base or "", ground,
+        settings.temperature is None,
+    )  # fmt: skip
     if settings.prompt is not None:
         return session.answer(settings.prompt)
     session.loop()
@@ -119,13 +133,18 @@ class Session:
     as_text: bool = False
     system: str = ""
     where: str = ""  # what is asked, for the first line
+    knowledge_base: str = ""  # path of the one that is asked
+    ground: Callable[[str], ChatModel | GroundedChat] | None = None  # what answers from this knowledge base ("": none)
+    free_temperature: bool = False  # nobody chose one: documents change it
     messages: list[dict[str, Any]] = field(default_factory=list)
+    file: Path | None = None  # where this conversation was saved or loaded
 
     def __post_init__(self) -> None:
         self.new()
 
     def new(self) -> None:
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
+        self.file = None
 
     def answer(self, text: str) -> int:
         """Stream the answer (and its sources) to stdout and its speed to stderr, and remember both turns. Ctrl-C keeps
@@ -159,14 +178,13 @@ class Session:
         self.answer(self.messages.pop()["content"])
 
     def loop(self) -> None:
-        if sys.stdin.isatty():
-            with contextlib.suppress(ImportError):
-                import readline  # noqa: F401 (gives input() its history and editing)
+        read = reader(COMMANDS)
         what = "continue a text" if self.as_text else "chat"
-        print(f"{self.where}: {what}. /help lists the commands.", file=sys.stderr)
+        where = ", ".join(filter(None, [self.where, self.knowledge_base]))
+        print(f"{where}: {what}. /help lists the commands.", file=sys.stderr)
         while True:
             try:
-                text = input("> ").strip()
+                text = read_message(read)
             except EOFError:
                 print()
                 return
@@ -176,7 +194,7 @@ class Session:
             if text in ("/quit", "/exit", "/q"):
                 return
             try:
-                if text.startswith("/"):
+                if text.startswith("/") and "\n" not in text:
                     self.command(text)
                 elif text:
                     self.answer(text)
@@ -186,17 +204,64 @@ class Session:
     def command(self, line: str) -> None:
         name, _, value = line[1:].partition(" ")
         value = value.strip()
-        if name == "help":
-            print(HELP)
-        elif name == "new":
-            self.new()
-        elif name == "retry":
-            self.retry()
+        simple = {"help": lambda: print(HELP), "new": self.new, "retry": self.retry}
+        files = {"save": self.save, "load": self.load, "kb": self.choose}
+        if name in simple:
+            simple[name]()
+        elif name in files:
+            files[name](value)
         elif name == "system":
             self.system = value
             self.new()
         else:
             self.change(name, value)
+
+    def choose(self, path: str) -> None:
+        """Answer from this knowledge base from now on; "off": from none. Raises NanochatError, and leaves all as it
+        was."""
+        if not path:
+            print(self.knowledge_base or "no knowledge base")
+            return
+        if self.as_text or self.ground is None:
+            raise UsageError("/kb: a text is continued without documents; start with --mode chat")
+        path = "" if path == "off" else path
+        self.chat = self.ground(path)
+        self.knowledge_base = path
+        if self.free_temperature:
+            self.sampling = replace(self.sampling, temperature=0.0 if path else Sampling.temperature)
+        print(f"answers rest on {path}" if path else "answers rest on no documents")
+
+    def save(self, name: str) -> None:
+        """Raises UsageError rather than write over a file of something else, NanochatError when it cannot write."""
+        path = _path("save", name)
+        if path.exists() and path != self.file:
+            raise UsageError(f"/save {name}: there is such a file already; choose another name")
+        temporary = path.with_name(f".{path.name}-{os.getpid()}")
+        try:
+            temporary.write_text(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n", encoding="utf-8")
+            os.replace(temporary, path)
+        except (OSError, UnicodeEncodeError) as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise NanochatError(f"/save {name}: {error}") from None
+        self.file = path
+        print(f"saved {_count(self.messages)} to {path}")
+
+    def load(self, name: str) -> None:
+        """Raises NanochatError for a file that cannot be read or holds no conversation; the present one stays."""
+        path = _path("load", name)
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise NanochatError(f"/load {name}: {error}") from None
+        messages = record.get("messages") if isinstance(record, dict) else None
+        if not isinstance(messages, list) or not all(map(_is_turn, messages)):
+            raise NanochatError(f'/load {name}: expected {{"messages": [{{"role": ..., "content": ...}}, ...]}}')
+        self.messages, self.file = messages, path
+        self.system = messages[0]["content"] if messages and messages[0]["role"] == "system" else ""
+        print(f"loaded {_count(messages)} from {path}")
+        for message in messages[-2:]:
+            print(f"{'> ' if message['role'] == 'user' else ''}{message['content']}")
 
     def change(self, name: str, value: str) -> None:
         """Set a sampling option, given by the beginning of its name. Raises UsageError."""
@@ -209,8 +274,25 @@ class Session:
             return
         try:
             self.sampling = replace(self.sampling, **{found[0]: options[found[0]](value)})
+            self.free_temperature &= found[0] != "temperature"
         except ValueError:
             raise UsageError(f"/{name} {value}: expected a number") from None
+
+
+def _path(command: str, name: str) -> Path:
+    """Raises UsageError for no name."""
+    if not name:
+        raise UsageError(f"/{command}: expected a file, as in /{command} chat.json")
+    return Path(name).expanduser().absolute()
+
+
+def _is_turn(message: Any) -> bool:
+    turn = isinstance(message, dict) and message.get("role") in ("system", "user", "assistant")
+    return turn and isinstance(message.get("content"), str)
+
+
+def _count(messages: list[dict[str, Any]]) -> str:
+    return f"{len(messages)} message{'s' if len(messages) != 1 else ''}"
 
 
 def _show(pieces: Generator[str, None, Completion] | Generator[str, None, GroundedAnswer]) -> tuple[str, bool]:

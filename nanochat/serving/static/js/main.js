@@ -139,8 +139,8 @@ class Page {
 
   #go(id) {
     const hash = id ? `#chat=${id}` : "#new";
-    if (location.hash === hash) this.#route();
-    else location.hash = hash;
+    if (location.hash !== hash) history.pushState(null, "", hash);
+    this.#route();
   }
 
   #route() {
