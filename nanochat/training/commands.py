@@ -133,7 +133,7 @@ def train_stage(
     carry: Carry | None = None,
 ) -> dict[str, float]:
     """Train for as long as the settings say, or until `own_tokens` are read; the final metrics."""
-    check_start_len(settings.start_len, stage.T)
+    check_start_len(settings.start_len, stage)
     n_steps, n_micro = horizon(settings, own_tokens, stage.T, rt)
     size = f"{n_micro * settings.device_batch_size * stage.T * rt.world_size:,} tokens"
 
@@ -242,10 +242,12 @@ def stage_options(settings: TrainSettings, model: LM) -> dict[str, Any]:
     }
 
 
-def check_start_len(start_len: int, T: int) -> None:
-    """Raises UsageError unless doubling leads from the first length to the rows' own."""
-    if start_len and (T % start_len or (T // start_len).bit_count() != 1):
-        raise UsageError(f"--start_len {start_len}: the rows' {T} tokens must be it times a power of 2")
+def check_start_len(start_len: int, stage: PackedStage) -> None:
+    """Raises UsageError for rows that must stay whole, and where doubling does not lead to their length."""
+    if start_len and "chat" in stage.packers:
+        raise UsageError(f"--start_len {start_len} is for base_train: shorter rows would part answers from questions")
+    if start_len and (stage.T % start_len or (stage.T // start_len).bit_count() != 1):
+        raise UsageError(f"--start_len {start_len}: the rows' {stage.T} tokens must be it times a power of 2")
 
 
 def find_source(settings: TrainSettings) -> Path:

@@ -46,7 +46,7 @@ class TrainSettings:
     """recompute activations in the backward pass: less memory, slower"""
 
     start_len: int = 0
-    """tokens a row at the start, doubled step by step until they are sequence_len (0: sequence_len throughout)"""
+    """base_train: tokens a row at the start, doubled until they are sequence_len (0: sequence_len throughout)"""
     grow_share: float = 0.5
     """share of the run after which rows have their full length, with --start_len"""
 
@@ -108,6 +108,8 @@ class TrainSettings:
     """base of the rotary angles"""
     qk_norm: bool | None = None
     """normalise queries and keys"""
+    key_offset: bool | None = None
+    """half of a key is that of the token before: finds what followed a name"""
     window: int | None = None
     """sliding attention window in tokens (0: full)"""
     window_pattern: str | None = None

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import make_tokenizer, train
+from tiny import copy_run, make_tokenizer, train
 
 from nanochat.data.batches import Batch
 from nanochat.errors import UsageError
@@ -59,3 +59,10 @@ def test_a_length_that_doubling_does_not_lead_from(tmp_path: Path, start_len: in
     make_tokenizer(tmp_path)
     with pytest.raises(UsageError, match=f"--start_len {start_len}"):
         train("base", tmp_path, start_len=start_len)
+
+
+def test_conversations_are_not_cut(finished: Path, tmp_path: Path) -> None:
+    root = copy_run(finished, tmp_path, "tokenizer", "base")
+    for stage in ("mid", "sft"):
+        with pytest.raises(UsageError, match="--start_len 8 is for base_train"):
+            train(stage, root, start_len=8)
