@@ -5,6 +5,7 @@
     for piece in chat.stream_chat([{"role": "user", "content": "Hello!"}], temperature=0.5):
         print(piece, end="", flush=True)
     chat.with_knowledge("kb").chat("Who built it?")      # answers from your documents, with citations
+    nanochat.load("refrag").with_search("kb").chat("Where was its builder born?")   # searches hop by hop on its own
     chat.read(long_text).save("text.state")              # and later chat.resume("text.state").generate(" It was")
 """
 
@@ -23,6 +24,7 @@ from nanochat.engine.sampling import make_sampling
 from nanochat.errors import UsageError
 from nanochat.rag.grounded import GroundedChat
 from nanochat.rag.knowledge import Knowledge, Searcher, open_knowledge
+from nanochat.rag.multihop_chat import MultiHopChat
 from nanochat.runtime import log
 
 if TYPE_CHECKING:
@@ -114,20 +116,28 @@ class ChatModel:
         `GroundedChat`, such as top_k. Raises UsageError for an unknown option or mode and an empty knowledge base,
         NanochatError when there is none at the path or it is damaged.
         """
-        if isinstance(knowledge, str | Path):
-            knowledge = open_knowledge(knowledge, mode or "")
-        elif mode is not None:
-            knowledge = in_mode(knowledge, mode)
-        known = [name for name in signature(GroundedChat).parameters][3:]
-        for name in options:
-            if name not in known:
-                raise UsageError(f"unknown option {name!r} of with_knowledge; there is mode, {', '.join(known)}")
+        knowledge = open_searcher(knowledge, mode, GroundedChat, options, "with_knowledge")
         if not trained_on_retrieval(self.meta):
             log.warning(
                 "%s was never trained on documents (stage %s): it may not cite them, or pass over them. "
                 "`nanochat rag_finetune` trains it", self.path, self.stage or "unknown",
             )  # fmt: skip
         return GroundedChat(self.model, self.tokenizer, knowledge, **options)
+
+    def with_search(
+        self, knowledge: KnowledgeBase | Searcher | str | Path, mode: str | None = None, **options: Any
+    ) -> MultiHopChat:
+        """This model searching on its own, hop by hop, before it answers: for one that `refrag_finetune` trained.
+
+        knowledge, mode and errors: as in `with_knowledge`. options: those of `MultiHopChat`, such as max_hops.
+        """
+        knowledge = open_searcher(knowledge, mode, MultiHopChat, options, "with_search")
+        if self.stage not in ("refrag", "refrag_sft"):
+            log.warning(
+                "%s was never trained to search (stage %s): it may never do so, or never stop. "
+                "`nanochat refrag_finetune` trains it", self.path, self.stage or "unknown",
+            )  # fmt: skip
+        return MultiHopChat(self.model, self.tokenizer, knowledge, **options)
 
     def render(self, messages: Messages, max_tokens: int) -> list[int]:
         """The prompt's ids, cut to leave room for the answer: `max_tokens`, but at most a quarter of the context."""
@@ -150,6 +160,25 @@ class ChatModel:
             messages = [{"role": "user", "content": messages}]
         limit = self.context - min(max_tokens, self.context // 4)
         return self.tokenizer.render_prompt({"messages": list(messages)}, limit)
+
+
+def open_searcher(
+    knowledge: KnowledgeBase | Searcher | str | Path,
+    mode: str | None,
+    kind: type[GroundedChat] | type[MultiHopChat],
+    options: Mapping[str, Any],
+    method: str,
+) -> Searcher:
+    """What a chat of this kind searches. Raises UsageError for an option that it does not have."""
+    if isinstance(knowledge, str | Path):
+        knowledge = open_knowledge(knowledge, mode or "")
+    elif mode is not None:
+        knowledge = in_mode(knowledge, mode)
+    known = [name for name in signature(kind).parameters][3:]
+    for name in options:
+        if name not in known:
+            raise UsageError(f"unknown option {name!r} of {method}; there is mode, {', '.join(known)}")
+    return knowledge
 
 
 def in_mode(knowledge: KnowledgeBase | Searcher, mode: str) -> Searcher:
