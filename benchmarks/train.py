@@ -1,11 +1,12 @@
 """Training speed: tokens/s, GFLOP/s and the share of this machine's measured matmul peak, beside karpathy/nanochat.
 
-    python -m benchmarks.train [--shape small|quickstart] [--patterns transformer mamba mamba2 hybrid]
-                               [--dtypes float32 bfloat16] [--compile] [--peer CHECKOUT]
+    python -m benchmarks.train [--shape small|quickstart|d12] [--patterns transformer mamba mamba2 hybrid]
+                               [--dtypes float32 bfloat16] [--compile] [--device cpu|cuda] [--peer CHECKOUT]
 
-Shape "small" is 4 blocks 256 wide, vocabulary 32768, rows of 512 tokens, 8 rows a step; a step is forward, backward and
-both optimizers; the fastest of --steps counts (what else runs on the machine can only add time). bfloat16 is measured
-where the CPU multiplies it natively. Ratios:
+Shape "small" is 4 blocks 256 wide, vocabulary 32768, rows of 512 tokens, 8 rows a step; "d12" (for a GPU) is 12 blocks
+768 wide, 16 rows of 2048. A step is forward, backward and both optimizers; the fastest of --steps counts (what else
+runs on the machine can only add time). bfloat16 is measured where the device multiplies it natively. MFU is the share
+of a H100's or H200's 989 TFLOP/s in bfloat16, by the same count of FLOPs for both. Ratios:
 
     share_of_peak_<dtype>        GFLOP/s of the transformer over the measured peak of torch.mm in that dtype
     <dtype>_vs_nanochat          tokens/s of the transformer over nanochat's compiled step, at equal FLOPs a token
@@ -28,7 +29,9 @@ from nanochat.training.optim import Optimizers, Rates
 SHAPES = {  # depth, width, vocabulary, T, rows
     "small": (4, 256, 32768, 512, 8),
     "quickstart": (4, 128, 1024, 256, 8),
+    "d12": (12, 768, 32768, 2048, 16),
 }
+HOPPER = 989e12  # FLOP/s, bfloat16, dense
 PATTERNS = ("transformer", "mamba", "mamba2", "hybrid")
 
 
@@ -39,9 +42,11 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="*", choices=("float32", "bfloat16"))
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--compile", action="store_true", help="also measure with torch.compile (a minute more a row)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--peer", help="checkout of karpathy/nanochat to measure in the same run")
     args = parser.parse_args()
-    dtypes = args.dtypes or ["float32"] + (["bfloat16"] if cpu_has_bf16() else [])
+    torch.set_default_device(args.device)
+    dtypes = args.dtypes or ["float32"] + (["bfloat16"] if args.device == "cuda" or cpu_has_bf16() else [])
     rows: list[dict[str, Any]] = []
     ratios: dict[str, float | None] = {}
     for dtype in dtypes:
@@ -56,7 +61,7 @@ def main() -> None:
                     ours = row["tok/s"]
                     ratios[f"share_of_peak_{'bf16' if dtype == 'bfloat16' else 'fp32'}"] = row["share_of_peak"]
         if args.peer:
-            peer = measure_peer(args.peer, args.shape, dtype, args.steps, peak)
+            peer = measure_peer(args.peer, args.shape, dtype, args.steps, peak, args.device)
             rows.append(peer)
             if ours:
                 ratios[f"{'bf16' if dtype == 'bfloat16' else 'fp32'}_vs_nanochat"] = ours / peer["tok/s"]
@@ -67,18 +72,32 @@ def main() -> None:
 
 
 def matmul_peak(dtype: torch.dtype) -> float:
-    """FLOP/s of the best torch.mm of 1024 and 2048."""
+    """FLOP/s of the best torch.mm of 1024 and 2048, on a GPU of 4096 and 8192."""
     best = 0.0
-    for n in (1024, 2048):
+    gpu = torch.get_default_device().type == "cuda"
+    for n in (4096, 8192) if gpu else (1024, 2048):
         a, b = torch.randn(n, n, dtype=dtype), torch.randn(n, n, dtype=dtype)
-        best = max(best, 2 * n**3 / time_best(lambda a=a, b=b: a @ b, 6))  # type: ignore[misc]
+
+        def product(a: torch.Tensor = a, b: torch.Tensor = b) -> None:
+            _ = a @ b
+            synchronize()
+
+        best = max(best, 2 * n**3 / time_best(product, 6))
     return best
+
+
+def synchronize() -> None:
+    if torch.get_default_device().type == "cuda":
+        torch.cuda.synchronize()
 
 
 def measure(pattern: str, shape: str, dtype: str, steps: int, compiled: bool, peak: float) -> dict[str, Any]:
     depth, width, vocab, T, n_rows = SHAPES[shape]
     config = ModelConfig(vocab_size=vocab, sequence_len=T, depth=depth, d_model=width, pattern=pattern)
-    model = LM.build(config, seed=0)
+    device = torch.get_default_device()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    model = LM.build(config, device, seed=0)
     model.compute_dtype = getattr(torch, dtype)
     optimizers = Optimizers(model, Rates())
     ids = torch.randint(0, vocab, (n_rows, T + 1))
@@ -92,25 +111,32 @@ def measure(pattern: str, shape: str, dtype: str, steps: int, compiled: bool, pe
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizers.step()
         optimizers.zero_grad()
+        synchronize()
         times.append(time.perf_counter() - began)
     rate = n_rows * T / min(times[2:])
     flops = model.flops_per_token(T)
     return {
         "what": "ours" + (" compiled" if compiled else ""), "pattern": pattern, "dtype": dtype, "tok/s": rate,
         "MFLOP/token": flops / 1e6, "GFLOP/s": rate * flops / 1e9, "share_of_peak": rate * flops / peak,
-        "peak_RSS_MB": peak_memory_bytes() / 1e6,
+        "peak_MB": peak_memory_bytes(device) / 1e6, **mfu(rate * flops, dtype),
     }  # fmt: skip
 
 
-def measure_peer(peer: str, shape: str, dtype: str, steps: int, peak: float) -> dict[str, Any]:
+def mfu(achieved: float, dtype: str) -> dict[str, float]:
+    """The share of what the vendor promises; nothing where that is not known."""
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    return {"MFU": achieved / HOPPER} if hopper and dtype == "bfloat16" else {}
+
+
+def measure_peer(peer: str, shape: str, dtype: str, steps: int, peak: float, device: str) -> dict[str, Any]:
     depth, width, vocab, T, n_rows = SHAPES[shape]
-    arguments = [str(x) for x in (depth, width, vocab, T, n_rows, steps, dtype)]
+    arguments = [str(x) for x in (depth, width, vocab, T, n_rows, steps, dtype, device)]
     found = run_peer("train", peer, arguments)[-1]
     rate = n_rows * T / found["seconds"]
     return {
         "what": "nanochat compiled", "pattern": "transformer", "dtype": dtype, "tok/s": rate,
         "MFLOP/token": found["flops_per_token"] / 1e6, "GFLOP/s": rate * found["flops_per_token"] / 1e9,
-        "share_of_peak": rate * found["flops_per_token"] / peak,
+        "share_of_peak": rate * found["flops_per_token"] / peak, **mfu(rate * found["flops_per_token"], dtype),
     }  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """karpathy/nanochat's training step, compiled as its own script does: prints one JSON object.
 
-    python benchmarks/peers/train.py CHECKOUT DEPTH WIDTH VOCAB T ROWS STEPS DTYPE
+    python benchmarks/peers/train.py CHECKOUT DEPTH WIDTH VOCAB T ROWS STEPS DTYPE DEVICE
 """
 
 import importlib.util
@@ -10,7 +10,7 @@ import sys
 import time
 import types
 
-root, dtype = sys.argv[1], sys.argv[8]
+root, dtype, device = sys.argv[1], sys.argv[8], sys.argv[9]
 depth, width, vocab, T, rows, steps = map(int, sys.argv[2:8])
 sys.path[0] = root
 os.environ["NANOCHAT_DTYPE"] = dtype
@@ -28,11 +28,11 @@ config = GPTConfig(
 )  # fmt: skip
 with torch.device("meta"):
     model = GPT(config)
-model.to_empty(device="cpu")
+model.to_empty(device=device)
 model.init_weights()
 optimizer = model.setup_optimizer()
 compiled = torch.compile(model, dynamic=False)
-ids = torch.randint(0, vocab, (rows, T + 1))
+ids = torch.randint(0, vocab, (rows, T + 1), device=device)
 times = []
 for _ in range(steps + 3):
     began = time.perf_counter()
@@ -40,5 +40,7 @@ for _ in range(steps + 3):
     loss.backward()
     optimizer.step()
     model.zero_grad(set_to_none=True)
+    if device == "cuda":
+        torch.cuda.synchronize()
     times.append(time.perf_counter() - began)
 print(json.dumps({"seconds": min(times[3:]), "flops_per_token": model.estimate_flops(), "first_step": times[0]}))
