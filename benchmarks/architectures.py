@@ -290,7 +290,7 @@ def trained(name: str, config: ModelConfig, root: str, args: argparse.Namespace)
 
 def evaluation(path: str, args: argparse.Namespace) -> BaseEvalSettings:
     return BaseEvalSettings(
-        source=path, data=args.data, device=args.device, samples=0, by_position=4 * args.sequence_len,
+        source=path, data=args.data, device=args.device, samples=0, by_position=True,
         passkey=tuple(args.passkey), batch_size=4, eval_tokens=args.eval_tokens,
     )  # fmt: skip
 

@@ -26,7 +26,7 @@ RUN = {"base_train": base_train, "base_eval": base_eval, "mid_train": mid_train,
 TINY = {  # later flags win
     "base_train": ["--depth=2", "--d_model=32", "--head_dim=16", "--sequence_len=64", "--num_iterations=2",
                    f"--data={WORLD}", "--eval_tokens=256"],
-    "base_eval": [f"--data={WORLD}", "--by_position=256", "--passkey", "150", "--eval_tokens=512"],
+    "base_eval": [f"--data={WORLD}", "--position_len=256", "--passkey", "150", "--eval_tokens=512"],
     "mid_train": ["--num_iterations=2", "--sequence_len=64", "--eval_tokens=256",
                   "--tasks=world-qa:seed=0,known=10,limit=20"],
     "import_model": ["--sequence_len=256"],

@@ -50,7 +50,7 @@ class EvalSettings:
     def check(self) -> None:
         """Raises UsageError naming the flag, its value and what is allowed."""
         limits = {
-            "batch_size": 1, "eval_tokens": 1, "max_problems": 0, "max_tokens": 1, "samples": 0, "by_position": 0,
+            "batch_size": 1, "eval_tokens": 1, "max_problems": 0, "max_tokens": 1, "samples": 0, "position_len": 0,
             "passkey_samples": 1,
         }  # fmt: skip
         for flag, least in limits.items():
@@ -76,8 +76,10 @@ class BaseEvalSettings(EvalSettings):
     """longest continuation"""
     temperature: float = 0.0
     """of the continuations; 0: always the most likely token"""
-    by_position: int = 0
-    """also measure the loss at every position of rows of so many tokens, best several times sequence_len (0: do not)"""
+    by_position: bool = False
+    """also measure the loss at every position of rows longer than those of training"""
+    position_len: int = 0
+    """tokens of such a row (0: 4 times the training's)"""
     passkey: tuple[int, ...] = ()
     """also ask for a number that was said once, in texts of so many tokens each"""
     passkey_samples: int = 20
@@ -117,8 +119,9 @@ def evaluate_base(settings: BaseEvalSettings) -> dict[str, Metric]:
     nats, tokens, text_nats, n_bytes = zip(*sums)
     bits = [nat / math.log(2) for nat in text_nats]
     metrics = {"val_bpb": ratio(bits, n_bytes, settings.seed), "val_nats_per_token": ratio(nats, tokens, settings.seed)}
-    model, tokenizer, n_long = loaded.model, loaded.tokenizer, settings.by_position
-    if n_long:
+    model, tokenizer = loaded.model, loaded.tokenizer
+    if settings.by_position:
+        n_long = settings.position_len or 4 * model.config.sequence_len
         n_rows = max(1, settings.eval_tokens // n_long)
         metrics |= by_position(model, tokenizer, corpus, n_long, n_rows, settings.batch_size, settings.seed)
     if settings.passkey:

@@ -50,10 +50,10 @@ def by_position(
     Raises NanochatError when the validation split does not fill one row, UsageError for fewer than 2 positions.
     """
     if length < 2:
-        raise UsageError(f"--by_position {length}: must be at least 2 tokens")
+        raise UsageError(f"--position_len {length}: must be at least 2 tokens")
     rows = long_rows(corpus, tokenizer, length + 1, n_rows)
     if not rows:
-        raise NanochatError(f"--by_position {length}: the validation split of {corpus.name} has fewer tokens than that")
+        raise NanochatError(f"--position_len {length}: the validation split of {corpus.name} has fewer tokens than that")
     mine = rows[runtime.rank() :: runtime.world_size()]
     parts = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
     found = gather([row for part in parts for row in nats(model, torch.tensor(part)).double().numpy()])

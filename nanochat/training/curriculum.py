@@ -16,4 +16,4 @@ def length_at(share: float, start: int, full: int, grow_share: float) -> int:
 
 def cut(batch: Batch, length: int) -> Batch:
     """The same tokens in rows of `length`, which divides those that the batch has."""
-    return Batch(*(None if x is None else x.reshape(-1, length) for x in batch))
+    return Batch(*(x.reshape(-1, length) for x in batch))

@@ -172,7 +172,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     checkpoint.save(tmp_path / "r" / "base", 1, {"model": lm.state_dict()}, meta)
     base_eval([
         f"--out_dir={tmp_path}", "--run=r", f"--data={WORLD}", "--eval_tokens=256", "--samples=0", "--device=cpu",
-        "--by_position=64", "--passkey", "100", "150", "--passkey_samples=2",
+        "--by_position", "--position_len=64", "--passkey", "100", "150", "--passkey_samples=2",
     ])  # fmt: skip
     metrics = json.loads((tmp_path / "r" / "base_eval_base.json").read_text())["metrics"]
     wanted = {"nats_at_0_31", "nats_at_32_63", "nats_beyond_minus_within", "passkey_100", "passkey_gain_150"}
