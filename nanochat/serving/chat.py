@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Annotated, Any
 
@@ -15,16 +15,20 @@ from nanochat.engine.batching import Ticket
 from nanochat.engine.prefix import PrefixCache
 from nanochat.engine.sampling import Sampling
 from nanochat.rag.grounded import NOTHING_FOUND, Asked, GroundedAnswer, GroundedChat
+from nanochat.rag.multihop_chat import MultiHopChat
+from nanochat.retrieval.document import Document
 from nanochat.serving import answers
 from nanochat.serving.answers import Choice
 from nanochat.serving.errors import ApiError, from_exception
 from nanochat.serving.knowledge import citation
 from nanochat.serving.models import Served, Service, client_of, service_of
 from nanochat.serving.schema import ChatRequest, Retrieval
+from nanochat.serving.searching import Search
 from nanochat.serving.streams import DONE, EventStream, events, frame, unless_left
 from nanochat.serving.strict import StrictRoute
 
 router = APIRouter(route_class=StrictRoute)
+TOP_K, HOP_K = 5, 2  # documents of an answer, and of one of several searches
 LEFT = 499  # the client left before the answer; nobody reads this
 
 
@@ -38,6 +42,7 @@ class Turn:
     sampling: Sampling
     grounded: GroundedChat | None = None
     asked: Asked | None = None
+    search: Search | None = None
     dropped_turns: int = 0
     truncated_tokens: int = 0
 
@@ -61,17 +66,16 @@ class Turn:
 
     def ground(self, choices: Sequence[Choice]) -> dict[str, Any]:
         """What the answers rest on."""
+        if self.search is not None and self.search.answer is not None:
+            answer = self.search.answer
+            trace = [{"query": hop.query, "documents": _numbered(hop.documents, hop.first)} for hop in answer.hops]
+            return _rests_on([answer], _numbered(answer.documents)) | {"trace": trace}
         if self.grounded is None or self.asked is None:
             return {}
         finish = partial(self.grounded.finish, self.asked)
         found = [finish(None if self.asked.nothing_found else choice.completion()) for choice in choices]
-        documents = [citation(n, document) for n, document in enumerate(self.asked.block.documents, 1)]
-        cited = {n for answer in found for n in answer.answer.citations}
-        return {
-            "citations": [document for document in documents if document["n"] in cited],
-            "grounding": [_grounding(answer) for answer in found],
-            "trace": [{"query": self.asked.query, "documents": documents}],
-        }
+        documents = _numbered(self.asked.block.documents)
+        return _rests_on(found, documents) | {"trace": [{"query": self.asked.query, "documents": documents}]}
 
     def cut(self) -> dict[str, Any]:
         """What was left out of a conversation that is too long."""
@@ -88,6 +92,8 @@ async def create(request: Request, body: ChatRequest, service: Annotated[Service
     turn = await service.run(prepare, served, body, service)
     if turn.asked is not None and turn.asked.nothing_found:
         tickets: list[Ticket] = []
+    elif turn.search is not None:
+        tickets = [service.searches.submit(turn.search)]
     else:
         made = turn.request(client_of(request), service.settings.max_seconds)
         tickets = await service.run(answers.submit, served, [made])
@@ -120,8 +126,11 @@ def prepare(served: Served, body: ChatRequest, service: Service) -> Turn:
             served, body, rendered.ids, sampling,
             dropped_turns=rendered.dropped_turns, truncated_tokens=rendered.truncated_tokens,
         )  # fmt: skip
+    if body.retrieval.multi_hop:
+        search = _searching(served, body, body.retrieval, sampling, service)
+        return Turn(served, body, [], sampling, search=search)
     grounded = _grounded(served, body.retrieval, service)
-    asked = grounded.prepare(conversation, **_options(sampling))
+    asked = grounded.prepare(conversation, **asdict(sampling))
     return Turn(served, body, asked.ids, sampling, grounded, asked)
 
 
@@ -195,16 +204,36 @@ async def stream(service: Service, turn: Turn, tickets: Sequence[Ticket]) -> Asy
 
 def _grounded(served: Served, wanted: Retrieval, service: Service) -> GroundedChat:
     """The model with the knowledge base. Raises ApiError."""
-    if wanted.multi_hop and not served.can_search:
-        raise ApiError(400, "this model was not trained to search", param="retrieval.multi_hop")
     searcher = service.shelf.searcher(wanted.knowledge_base, wanted.mode)
     chat = served.chat
     # the scheduler keeps the states of documents, for all
-    return GroundedChat(chat.model, chat.tokenizer, searcher, top_k=wanted.top_k, cache=PrefixCache(0))
+    return GroundedChat(chat.model, chat.tokenizer, searcher, top_k=wanted.top_k or TOP_K, cache=PrefixCache(0))
 
 
-def _options(sampling: Sampling) -> dict[str, Any]:
-    return {name: getattr(sampling, name) for name in sampling.__dataclass_fields__}
+def _searching(
+    served: Served, body: ChatRequest, wanted: Retrieval, sampling: Sampling, service: Service
+) -> Search:
+    """The model that searches by itself. Raises ApiError for one that was not trained to, and for what such an answer
+    cannot have."""
+    if not served.can_search:
+        raise ApiError(400, "this model was not trained to search", param="retrieval.multi_hop")
+    if (body.n or 1) > 1 or body.logprobs:
+        raise ApiError(400, "an answer with multi_hop comes alone, without logprobs", param="retrieval.multi_hop")
+    searcher = service.shelf.searcher(wanted.knowledge_base, wanted.mode)
+    chat = MultiHopChat(served.chat.model, served.chat.tokenizer, searcher, top_k=wanted.top_k or HOP_K)
+    return Search(chat, body.conversation(), sampling, service.settings.max_seconds)
+
+
+def _numbered(documents: Sequence[Document], first: int = 1) -> list[dict[str, Any]]:
+    return [citation(n, document) for n, document in enumerate(documents, first)]
+
+
+def _rests_on(found: Sequence[GroundedAnswer], documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    cited = {n for answer in found for n in answer.answer.citations}
+    return {
+        "citations": [document for document in documents if document["n"] in cited],
+        "grounding": [_grounding(answer) for answer in found],
+    }
 
 
 def _grounding(answer: GroundedAnswer) -> dict[str, Any]:

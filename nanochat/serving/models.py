@@ -19,6 +19,7 @@ from nanochat.retrieval.document import Embedder
 from nanochat.serving.errors import ApiError
 from nanochat.serving.knowledge import Shelf
 from nanochat.serving.metrics import Metrics
+from nanochat.serving.searching import Searches
 from nanochat.serving.settings import ServeSettings
 from nanochat.serving.uploads import Uploads
 
@@ -77,6 +78,7 @@ class Service:
             lambda: {name: asdict(served.scheduler.stats()) for name, served in self.models.items()}
         )
         self.uploads = Uploads(self.shelf, int(settings.max_upload_mb * (1 << 20)), self.metrics.uploads)
+        self.searches = Searches()
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="serve")
 
     def start(self) -> None:
@@ -86,6 +88,7 @@ class Service:
     def close(self) -> None:
         for served in self.models.values():
             served.scheduler.close()
+        self.searches.close()
         self.uploads.close()
         self._threads.shutdown(cancel_futures=True)
         self.shelf.close()

@@ -1,5 +1,5 @@
-"""HTTP over sockets, with a clock: a client that never ends its request line, never reads its answer, or goes on sending
-a body that was refused, is cut off.
+"""HTTP over sockets, with a clock: who never ends the head of a request, never reads an answer, or goes on sending a
+body that was refused, is cut off.
 
 uvicorn waits for all three for ever. (Bodies that come too slowly are refused by `security.Guard`.)
 """

@@ -55,7 +55,9 @@ class Retrieval(Strict):
     """Answer from the documents of a knowledge base, and cite them."""
 
     knowledge_base: Annotated[str, Field(pattern=NAME)]
-    top_k: Annotated[int, Field(ge=1, le=MAX_TOP_K)] = 5
+    top_k: Annotated[int, Field(ge=1, le=MAX_TOP_K)] | None = Field(
+        None, description="documents of the answer, or of each search of multi_hop (default: 5, or 2)"
+    )
     mode: Mode | None = Field(None, description="how to search; null: what the knowledge base was built for")
     multi_hop: bool = Field(False, description="let the model search several times; needs a model trained to")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from conftest import TOKENIZER, Running, tiny_model
+from tiny_server import TOKENIZER, Running, tiny_model
 
 from nanochat.engine.batching import Event, Overloaded, Request, Scheduler, Ticket
 from nanochat.tokenizer import StreamDecoder

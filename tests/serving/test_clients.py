@@ -98,8 +98,8 @@ def test_errors(client):
     with pytest.raises(openai.BadRequestError) as error:
         client.chat.completions.create(model="tiny-sft", messages=ASK, temperature=5)
     assert error.value.param == "temperature"
+    long = [{"role": "user", "content": "x" * 500}]
     with pytest.raises(openai.BadRequestError, match="context of 256 tokens") as error:
-        long = [{"role": "user", "content": "x" * 500}]
         client.chat.completions.create(model="tiny-sft", messages=long, extra_body={"truncation": "disabled"})
     assert error.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError, match="256"):

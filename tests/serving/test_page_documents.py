@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import DOCUMENTS
 from pages import Site, text_file
+from tiny_server import DOCUMENTS
 
 from nanochat.retrieval import KnowledgeBase
 

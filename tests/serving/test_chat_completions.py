@@ -1,0 +1,218 @@
+"""Chat completions beyond what clients of OpenAI know: documents, searches, what is left out, how a stream ends."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+import torch
+from tiny_server import DOCUMENTS, tiny_model
+
+from nanochat.data.answers import ABSTENTION
+from nanochat.engine.generate import Completion
+from nanochat.engine.rollout import Rollout
+from nanochat.rag.citations import parse
+from nanochat.rag.multihop import Hop
+from nanochat.rag.multihop_chat import SearchedAnswer
+
+CHAT = "/v1/chat/completions"
+WHO = [{"role": "user", "content": "Who founded Torwick?"}]
+
+
+def ask(client, messages=WHO, **fields) -> dict:
+    response = client.post(CHAT, json={"messages": messages, "max_tokens": 6, "model": "tiny-rag", **fields})
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def streamed(client, messages=WHO, **fields) -> list[dict]:
+    """The chunks; the stream must end with [DONE]."""
+    body = {"messages": messages, "max_tokens": 6, "model": "tiny-rag", "stream": True, **fields}
+    response = client.post(CHAT, json=body)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def retrieval(**fields) -> dict:
+    return {"retrieval": {"knowledge_base": "towns", **fields}}
+
+
+def test_answers_from_documents(client, server):
+    model = server.service.models["tiny-rag"].chat
+    expected = model.with_knowledge(server.service.shelf.open("towns"), top_k=2).chat(WHO, max_tokens=6)
+    answer = ask(client, **retrieval(top_k=2))
+    assert answer["choices"][0]["message"]["content"] == expected.text
+    assert [d["id"] for d in answer["trace"][0]["documents"]] == [d.id for d in expected.documents]
+    assert answer["trace"][0]["documents"][0]["n"] == 1
+    assert answer["trace"][0]["documents"][0]["passage"] == DOCUMENTS[0].content
+    [grounding] = answer["grounding"]
+    assert grounding["sentences"][0]["support"] == pytest.approx(expected.support[0].score)
+    assert not grounding["abstained"]
+    chunks = streamed(client, **retrieval(top_k=2))
+    assert "".join(c["choices"][0]["delta"].get("content", "") for c in chunks) == expected.text
+    last = chunks[-1]
+    assert (last["citations"], last["grounding"], last["trace"]) == (
+        answer["citations"], answer["grounding"], answer["trace"],
+    )  # fmt: skip
+    assert not any("trace" in chunk for chunk in chunks[:-1])
+
+
+def test_citations_are_those_of_the_answer(client, server, monkeypatch):
+    """A model that cites: its logits say what it is told."""
+    chat = server.service.models["tiny-rag"].chat
+    cite = [chat.tokenizer.special("cite_start"), *chat.tokenizer.encode("1"), chat.tokenizer.special("cite_end")]
+    script = iter([*cite, *chat.tokenizer.encode("Mara Velt founded Torwick."), chat.tokenizer.eot])
+
+    def scripted(hidden):
+        logits = torch.zeros(len(hidden), chat.tokenizer.vocab_size)
+        logits[:, next(script)] = 9.0
+        return logits
+
+    monkeypatch.setattr(chat.model, "logits", scripted)
+    answer = ask(client, max_tokens=60, **retrieval())
+    assert answer["choices"][0]["message"]["content"] == "Mara Velt founded Torwick. [1]"
+    assert answer["citations"] == answer["trace"][0]["documents"][:1]
+    assert answer["grounding"][0]["sentences"] == [
+        {"text": "Mara Velt founded Torwick.", "cited": [1], "support": pytest.approx(1.0, abs=0.2)}
+    ]
+
+
+def test_nothing_found_and_nothing_to_search(client):
+    nothing = ask(client, [{"role": "user", "content": "Xyzzy plugh?"}], n=2, **retrieval())
+    assert [c["message"]["content"] for c in nothing["choices"]] == [ABSTENTION] * 2
+    assert nothing["usage"]["total_tokens"] == 0
+    assert nothing["grounding"][0]["abstained"]
+    assert nothing["trace"] == [{"query": "Xyzzy plugh?", "documents": []}]
+    chunks = streamed(client, [{"role": "user", "content": "Xyzzy plugh?"}], n=2, **retrieval())
+    assert [c["choices"][0]["finish_reason"] for c in chunks][-2:] == ["stop", "stop"]
+    hello = ask(client, [{"role": "user", "content": "Hello!"}], **retrieval())
+    assert hello["trace"] == [{"query": "", "documents": []}]
+    assert hello["usage"]["completion_tokens"] == 6
+
+
+def test_long_conversations_lose_their_oldest_turns_and_say_so(client):
+    turn = [{"role": "user", "content": "x" * 60}, {"role": "assistant", "content": "y" * 60}]
+    short, long = ask(client, turn + WHO, model="tiny-sft"), ask(client, turn * 4 + WHO, model="tiny-sft")
+    assert "truncated" not in short
+    assert long["truncated"]["turns"] == 3
+    assert long["usage"]["prompt_tokens"] < 256
+    assert streamed(client, turn * 4 + WHO, model="tiny-sft")[-1]["truncated"] == long["truncated"]
+    refused = client.post(CHAT, json={"messages": turn * 8 + WHO, "truncation": "disabled", **retrieval()})
+    assert refused.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_parts_and_developers(client):
+    parts = [{"type": "text", "text": "Who founded "}, {"type": "text", "text": "Torwick?"}]
+    plain = ask(client, [{"role": "system", "content": "Be brief."}, *WHO], temperature=0)
+    other = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts}]
+    same = ask(client, other, temperature=0)
+    assert plain["choices"] == same["choices"]
+    assert plain["usage"]["prompt_tokens"] == same["usage"]["prompt_tokens"]
+
+
+def test_a_base_model_continues_texts_only(start):
+    server = start({"tiny-base": tiny_model("base")})
+    with server.client() as client:
+        refused = client.post(CHAT, json={"messages": WHO})
+        assert refused.status_code == 400
+        assert "/v1/completions" in refused.json()["error"]["message"]
+        assert client.post("/v1/completions", json={"prompt": "A", "max_tokens": 2}).status_code == 200
+
+
+def test_a_failure_of_the_model_is_an_error_and_the_server_goes_on(client, server, monkeypatch):
+    served = server.service.models["tiny-sft"]
+    with monkeypatch.context() as patch:
+        patch.setattr(served.chat.model, "logits", lambda hidden: 1 / 0)
+        whole = client.post(CHAT, json={"messages": WHO, "max_tokens": 4})
+        assert whole.status_code == 500
+        assert "ZeroDivision" not in whole.text
+        assert streamed(client, model="tiny-sft")[-1]["error"]["code"] == "generation_failed"
+    assert ask(client, model="tiny-sft")["usage"]["completion_tokens"] == 6
+
+
+def test_deadlines(start):
+    server = start(max_seconds=0.3, max_rows=1, max_n=1)
+    with server.client() as client:
+        model = server.service.models["tiny-rag"].chat.model
+        forward = model.logits
+
+        def slow(hidden):
+            time.sleep(0.05)
+            return forward(hidden)
+
+        model.logits = slow
+        answer = ask(client, max_tokens=200)
+        assert answer["choices"][0]["finish_reason"] == "length"
+        assert 0 < answer["usage"]["completion_tokens"] < 20
+
+
+# ---- searches
+
+
+@pytest.fixture(scope="module")
+def searching(start):
+    return start({"tiny-refrag": tiny_model("refrag", context=512)})
+
+
+def test_a_model_that_searches(searching):
+    with searching.client() as client:
+        assert client.get("/v1/models").json()["data"][0]["multi_hop"]
+        answer = ask(client, model="tiny-refrag", **retrieval(multi_hop=True))
+        assert answer["choices"][0]["finish_reason"] in ("length", "stop")
+        assert answer["usage"]["prompt_tokens"] > 20
+        assert answer["usage"]["completion_tokens"] > 0
+        assert len(answer["grounding"]) == 1
+        for wrong in ({"n": 2}, {"logprobs": True}):
+            body = {"messages": WHO, **wrong, **retrieval(multi_hop=True)}
+            assert client.post(CHAT, json=body).status_code == 400
+
+
+def test_the_trace_of_searches(searching, monkeypatch):
+    """Hops and documents as `MultiHopChat` gives them."""
+    tokenizer = searching.service.models["tiny-refrag"].chat.tokenizer
+    said = tokenizer.encode("In 1203.")
+    ids = [tokenizer.special("cite_start"), *tokenizer.encode("2"), tokenizer.special("cite_end"), *said]
+
+    def stream_chat(self, messages, **sampling):
+        assert messages == WHO
+        yield "In 1203."
+        hops = tuple(Hop(f"query {n}", (), (d,), n) for n, d in enumerate(DOCUMENTS, 1))
+        rollout = Rollout([1, 2], [3, 4, *ids], [True] * 9, [0.0] * 9, (), "stop")
+        return SearchedAnswer(
+            "In 1203. [2]", parse(ids, tokenizer, 2), tuple(DOCUMENTS), (), "query 2", 0.1,
+            Completion(ids, "In 1203. [2]", [0.0] * len(ids), "stop"), hops, rollout,
+        )  # fmt: skip
+
+    monkeypatch.setattr("nanochat.serving.chat.MultiHopChat.stream_chat", stream_chat)
+    with searching.client() as client:
+        last = streamed(client, model="tiny-refrag", **retrieval(multi_hop=True))[-1]
+    assert [(hop["query"], [d["n"] for d in hop["documents"]]) for hop in last["trace"]] == [
+        ("query 1", [1]), ("query 2", [2]),
+    ]  # fmt: skip
+    assert [(d["n"], d["id"]) for d in last["citations"]] == [(2, "orvane")]
+
+
+def test_searches_can_be_cancelled_and_wait_in_line(searching, monkeypatch):
+    def endless(self, messages, **sampling):
+        while True:
+            time.sleep(0.01)
+            yield "x"
+
+    monkeypatch.setattr("nanochat.serving.chat.MultiHopChat.stream_chat", endless)
+    body = {"messages": WHO, "stream": True, **retrieval(multi_hop=True)}
+    searches = searching.service.searches
+    with searching.client() as client, client.stream("POST", CHAT, json=body) as response:
+        assert next(response.iter_lines()).startswith("data:")
+        assert len(searches._running) == 1
+    deadline = time.monotonic() + 10
+    while searches._running and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not searches._running
+    monkeypatch.setattr("nanochat.serving.searching.MAX_WAITING", 0)
+    with searching.client() as client:
+        refused = client.post(CHAT, json={**body, "stream": False})
+        assert refused.status_code == 429
+        assert int(refused.headers["retry-after"]) > 0
