@@ -53,7 +53,7 @@ def by_position(
         raise UsageError(f"--position_len {length}: must be at least 2 tokens")
     rows = long_rows(corpus, tokenizer, length + 1, n_rows)
     if not rows:
-        raise NanochatError(f"--position_len {length}: the validation split of {corpus.name} has fewer tokens than that")
+        raise NanochatError(f"--position_len {length}: the validation split of {corpus.name} is shorter than one row")
     mine = rows[runtime.rank() :: runtime.world_size()]
     parts = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
     found = gather([row for part in parts for row in nats(model, torch.tensor(part)).double().numpy()])

@@ -86,7 +86,7 @@ def test_metrics_are_means_over_positions() -> None:
 
 
 def test_too_little_text_and_too_few_positions() -> None:
-    with pytest.raises(NanochatError, match="fewer tokens"):
+    with pytest.raises(NanochatError, match="shorter than one row"):
         by_position(model(), TOKENIZER, TEXTS, 10_000, 1)
     with pytest.raises(UsageError, match="at least 2"):
         by_position(model(), TOKENIZER, TEXTS, 1, 1)
