@@ -1,6 +1,7 @@
 """The terminal: one answer, a conversation, documents, files, several lines."""
 
 import json
+from pathlib import Path
 
 import pytest
 from tiny_run import GREEDY, TOKENIZER, save_stage
@@ -229,3 +230,10 @@ def test_messages_of_several_lines(out, monkeypatch, capsys):
     type_lines(monkeypatch, *typed)
     chat_cli(["--out_dir", str(out)])
     assert asked == ["/new\n  two", "a\nb", "one", "last"]
+
+
+def test_commands_are_explained():
+    page = (Path(terminal.__file__).parents[1] / "docs" / "chat.md").read_text(encoding="utf-8")
+    for command in terminal.COMMANDS:
+        assert f"{command} " in terminal.HELP.replace("\n", " ")
+        assert f"`{command}" in page

@@ -89,7 +89,9 @@ export class Chat {
   #live(busy) {
     const item = this.#item(busy.node);
     item.classList.add("writing");
-    busy.live = new LiveText($(".content", item), () => this.#follow());
+    const content = $(".content", item);
+    if (busy.hints.length) content.dataset.wait = "Reading the documents";
+    busy.live = new LiveText(content, () => this.#follow());
     if (busy.node.text) busy.live.update(busy.node.text, busy.hints);
   }
 

@@ -79,7 +79,7 @@ function statsView(node) {
   if (!tokens) return null;
   const cached = node.usage.prompt_tokens_details?.cached_tokens;
   const prompt = `prompt ${plural(node.usage.prompt_tokens, "token")}${cached ? `, ${cached} of them remembered` : ""}`;
-  const parts = [plural(tokens, "token"), rate && `${rate.toFixed(rate < 10 ? 1 : 0)} tok/s`, first && `first after ${first.toFixed(2)} s`];
+  const parts = [plural(tokens, "token"), rate && `${rate.toFixed(rate < 10 ? 1 : 0)} tok/s`, first && `first after ${first < 1 ? `${Math.round(first * 1000)} ms` : `${first.toFixed(1)} s`}`];
   return h("span", { class: "stats", title: `${node.model}: ${prompt}` }, parts.filter(Boolean).map((part) => h("span", {}, part)));
 }
 
