@@ -230,6 +230,7 @@ class PolicyStage:
             "round": self.round,
             "course": self.course.state_dict(),
             "detector": self.detector.state_dict(),
+            "means": self.means,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -237,6 +238,7 @@ class PolicyStage:
         self.round = state["round"]
         self.course.load_state_dict(state["course"])
         self.detector.load_state_dict(state["detector"])
+        self.means = dict(state["means"])
         if state["world_size"] == self.runtime.world_size:
             mine = state["cursors"]["rollouts"]["lanes"][str(self.runtime.rank)]
             self.pending, self.fresh = [PolicyBatch(**batch) for batch in mine["pending"]], mine["fresh"]

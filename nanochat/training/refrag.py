@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -216,13 +217,14 @@ def train_refrag(settings: RefragSettings, own: Mapping[str, Reward | RewardMode
     if not settings.use_rewards:
         return metrics
     play = settings.play(max_calls=settings.max_hops, max_result_tokens=settings.result_tokens(context))
-
-    def tools(problems: Sequence[Any]) -> list[SearchTool]:
-        searchers = [problem.task.searcher(problem.number) for problem in problems]
-        return [SearchTool(tokenizer, searchers, settings.top_k)]
-
+    tools = partial(search_tools, tokenizer, settings.top_k)
     tasks = list(levels.train.values())
     return train_policy("refrag", settings, tasks, levels.val, tokenizer, rt, play, tools, SEARCH_WEIGHTS, own)
+
+
+def search_tools(tokenizer: Tokenizer, top_k: int, problems: Sequence[Any]) -> list[SearchTool]:
+    """What searches, for the prompt of each problem, where its answer lies."""
+    return [SearchTool(tokenizer, [problem.task.searcher(problem.number) for problem in problems], top_k)]
 
 
 def refrag_finetune(argv: list[str] | None = None) -> None:
