@@ -26,8 +26,8 @@ def test_every_operation_that_ran_is_named_with_its_alternatives(
     out = capsys.readouterr().out
     lines = {line.split()[0]: line for line in out.splitlines() if "others:" in line}
     assert set(lines) == set(doctor.KERNELS)
-    assert "ref       by NANOCHAT_KERNEL_SSD; others: chunked, triton" in lines["ssd"]
-    assert "shifted   others: ref, triton" in lines["causal_conv"]
+    assert "ref       by NANOCHAT_KERNEL_SSD; others: chunked, fla, mamba_ssm, triton" in lines["ssd"]
+    assert "shifted   others: causal_conv1d, ref, triton" in lines["causal_conv"]
     assert out.splitlines()[-1].endswith("all is well")
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nanochat.kernels.dispatch import choose
+from nanochat.kernels.external import conv_causal_conv1d, run
 from nanochat.kernels.segments import resets, state_dtype
 
 MAX_TAPS = 4  # of the Triton kernel, which keeps the inputs under the window in registers
@@ -36,8 +37,8 @@ def causal_conv(
     K-1 inputs before position `lengths`.
     """
     unfit = f"more than {MAX_TAPS} taps" if weight_EK.shape[1] > MAX_TAPS else ""
-    op = choose("causal_conv", CAUSAL_CONV, "shifted", x_BTE, unfit)
-    return op(x_BTE, weight_EK, bias_E, state, segments_BT, lengths, activation)
+    inputs = (x_BTE, weight_EK, bias_E, state, segments_BT, lengths, activation)
+    return run("causal_conv", CAUSAL_CONV, "shifted", unfit, inputs)
 
 
 def causal_conv_ref(
@@ -202,6 +203,19 @@ def _causal_conv_triton(*inputs: Any) -> tuple[Tensor, Tensor]:
     return triton_conv.causal_conv(*inputs)
 
 
+def _causal_conv_causal_conv1d(
+    x_BTE: Tensor,
+    weight_EK: Tensor,
+    bias_E: Tensor | None = None,
+    state: Tensor | None = None,
+    segments_BT: Tensor | None = None,
+    lengths: Tensor | None = None,
+    activation: bool = True,
+) -> tuple[Tensor, Tensor]:
+    y_BTE = conv_causal_conv1d(x_BTE, weight_EK, bias_E, state, segments_BT, activation)
+    return y_BTE, final_state(x_BTE, x_BTE.new_zeros(x_BTE.shape[0], weight_EK.shape[1] - 1, x_BTE.shape[2]), lengths)
+
+
 def _causal_conv_step_triton(*inputs: Any) -> Tensor:
     from nanochat.kernels import triton_decode
 
@@ -211,6 +225,7 @@ def _causal_conv_step_triton(*inputs: Any) -> Tensor:
 CAUSAL_CONV: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "shifted": _causal_conv_shifted,
     "triton": _causal_conv_triton,
+    "causal_conv1d": _causal_conv_causal_conv1d,
     "ref": causal_conv_ref,
 }
 CAUSAL_CONV_STEP: dict[str, Callable[..., Tensor]] = {

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nanochat.kernels.dispatch import choose
+from nanochat.kernels.external import run, scan_mamba_ssm
 from nanochat.kernels.segments import padding, resets, state_dtype
 
 # Steps between saved states: long enough to hide the cost of a call, short enough for three buffers in cache.
@@ -54,8 +55,8 @@ def selective_scan(
     after token `lengths - 1`. Returns `y_BTE` in u's dtype and the state in float32 (float64 for float64 inputs).
     """
     unfit = f"more than {MAX_STATE} states a channel" if A_EN.shape[1] > MAX_STATE else ""
-    op = choose("selective_scan", SELECTIVE_SCAN, "chunked", u_BTE, unfit)
-    return op(u_BTE, delta_BTE, A_EN, B_BTN, C_BTN, D_E, state_BEN, segments_BT, lengths, bias_E, gate_BTE)
+    inputs = (u_BTE, delta_BTE, A_EN, B_BTN, C_BTN, D_E, state_BEN, segments_BT, lengths, bias_E, gate_BTE)
+    return run("selective_scan", SELECTIVE_SCAN, "chunked", unfit, inputs)
 
 
 def selective_scan_ref(
@@ -330,6 +331,7 @@ def _backward(
 SELECTIVE_SCAN: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "chunked": _selective_scan_chunked,
     "triton": _selective_scan_triton,
+    "mamba_ssm": scan_mamba_ssm,
     "ref": selective_scan_ref,
 }
 SELECTIVE_SCAN_STEP: dict[str, Callable[..., Tensor]] = {

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nanochat.kernels import external
 from nanochat.kernels.dispatch import choose
 from nanochat.kernels.segments import padding, resets, state_dtype
 
@@ -48,8 +49,8 @@ def ssd(
     """
     wide = x_BTHP.shape[3] > TRITON_WIDTH or B_BTGN.shape[3] > TRITON_STATE
     unfit = f"heads wider than {TRITON_WIDTH} or more than {TRITON_STATE} states" if wide else ""
-    op = choose("ssd", SSD, "chunked", x_BTHP, unfit)
-    return op(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, state_BHPN, segments_BT, lengths)
+    inputs = (x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, state_BHPN, segments_BT, lengths)
+    return external.run("ssd", SSD, "chunked", unfit, inputs)
 
 
 def ssd_ref(
@@ -133,6 +134,14 @@ def _prepare(
 
 def _ssd_chunked(*inputs: Any) -> tuple[Tensor, Tensor]:
     return _ChunkedSSD.apply(*_prepare(*inputs))
+
+
+def _ssd_mamba_ssm(*inputs: Any) -> tuple[Tensor, Tensor]:
+    return external.ssd_mamba_ssm(*_prepare(*inputs))
+
+
+def _ssd_fla(*inputs: Any) -> tuple[Tensor, Tensor]:
+    return external.ssd_fla(*_prepare(*inputs))
 
 
 def _ssd_step_triton(*inputs: Any) -> Tensor:
@@ -353,5 +362,11 @@ def _row_blocks(x_BTHP: Tensor) -> list[slice]:
     return [slice(i, i + step) for i in range(0, n_batch, step)]
 
 
-SSD = {"chunked": _ssd_chunked, "triton": _ssd_triton, "ref": ssd_ref}
+SSD: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "chunked": _ssd_chunked,
+    "triton": _ssd_triton,
+    "mamba_ssm": _ssd_mamba_ssm,
+    "fla": _ssd_fla,
+    "ref": ssd_ref,
+}
 SSD_STEP: dict[str, Callable[..., Tensor]] = {"torch": _ssd_step_torch, "triton": _ssd_step_triton}
