@@ -91,12 +91,14 @@ def steps(
     max_rows: int = MAX_ROWS,
     eos: Sequence[int] | None = None,
     until: Callable[[int, int], bool] | None = None,
+    streams: Sequence[int] | None = None,
     **limits: Any,
 ) -> Iterator[list[Step]]:
     """As `rollouts`, step by step: what each row just got. `until` is asked about every token that was sampled (number
-    of the row, token) and may end the row with it."""
+    of the row, token) and may end the row with it. `streams`: a number for each prompt, whose samples then have random
+    numbers of their own; without, prompts share theirs, and samples of equal rank are lucky together."""
     runner = _Runner(model, tokenizer, sampling or Sampling(), tools, Limits(max_calls, **limits), eos, until)
-    return runner.run(prompts, n, max_rows)
+    return runner.run(prompts, n, max_rows, streams)
 
 
 @dataclass(frozen=True)
@@ -187,11 +189,14 @@ class _Runner:
         self.batch: Batch[_Row] = Batch(model)
         self.paused: list[tuple[_Row, list[State]]] = []
 
-    def run(self, prompts: Sequence[Sequence[int]], n: int, max_rows: int) -> Iterator[list[Step]]:
+    def run(
+        self, prompts: Sequence[Sequence[int]], n: int, max_rows: int, streams: Sequence[int] | None = None
+    ) -> Iterator[list[Step]]:
         """After every step, what rows got."""
         if n < 1 or max_rows < 1:
             raise UsageError(f"n={n}, max_rows={max_rows}: expected at least 1")
-        rows = [[self.row(i * n + j, i, prompt, j) for j in range(n)] for i, prompt in enumerate(prompts)]
+        of = [0] * len(prompts) if streams is None else [stream * n for stream in streams]
+        rows = [[self.row(i * n + j, i, prompt, of[i] + j) for j in range(n)] for i, prompt in enumerate(prompts)]
         yield [row.step([], False) for group in rows for row in group if not row.active]
         waiting = deque(group for group in rows if group[0].active)
         batch = self.batch

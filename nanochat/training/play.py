@@ -72,14 +72,16 @@ class Player:
         self.model, self.tokenizer, self.rewards, self.options, self.tools = model, tokenizer, rewards, options, tools
         self.own = {tokenizer.special(name) for name in OWN_TOKENS}
 
-    def play(self, problems: Sequence[Problem], sampling: Sampling, n: int) -> list[Played]:
-        """`n` answers to each problem, scored."""
+    def play(
+        self, problems: Sequence[Problem], sampling: Sampling, n: int, streams: Sequence[int] | None = None
+    ) -> list[Played]:
+        """`n` answers to each problem, scored. streams: of random numbers, see `engine.rollout.steps`."""
         o, context = self.options, self.model.config.sequence_len
         limit = context - min(o.max_tokens + o.max_calls * o.max_result_tokens, 3 * context // 4)
         prompts = [self.tokenizer.render_prompt(p.conversation, limit).ids for p in problems]
         rolled = rollouts(
             self.model, self.tokenizer, prompts, sampling, n, self.tools(problems), o.max_calls,
-            max_rows=o.max_rows, max_result_tokens=o.max_result_tokens,
+            max_rows=o.max_rows, max_result_tokens=o.max_result_tokens, streams=streams,
         )  # fmt: skip
         of = [problem for problem in problems for _ in range(n)]
         samples = [self.sample(problem, one, i % n) for i, (problem, one) in enumerate(zip(of, rolled))]

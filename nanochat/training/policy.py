@@ -81,9 +81,10 @@ class PolicyStage:
         o, rank, world = self.options, self.runtime.rank, self.runtime.world_size
         for _ in range(TRIES):
             problems = self.course.draw(self.round, o.n_prompts)[rank::world]
+            streams = range(rank, o.n_prompts, world)  # whatever the number of processes
             sampling = Sampling(o.max_tokens, o.temperature, seed=mix(mix(0x201, o.seed), self.round) >> 1)
             self.round += 1
-            played = self.player.play(problems, sampling, o.n_samples)
+            played = self.player.play(problems, sampling, o.n_samples, streams)
             gains = advantages([one.score.total for one in played], o.n_samples, self.objective.advantage)
             gains = [gain if is_usable(one.rollout) else 0.0 for gain, one in zip(gains, played)]
             self.observe(played, gains)
