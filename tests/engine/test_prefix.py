@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from nanochat.engine import cache, generate
 from nanochat.engine.generate import Engine
-from nanochat.engine.prefix import PrefixCache, document_boundaries
+from nanochat.engine.prefix import PrefixCache, document_boundaries, message_boundaries
+from nanochat.engine.prefix import _bytes as _ids
 from nanochat.engine.sampling import Sampling
 from nanochat.errors import UsageError
-from nanochat.model.config import ModelConfig
 from nanochat.model.lm import LM
 from nanochat.tokenizer import Tokenizer
 
@@ -21,25 +21,14 @@ TOKENIZER = Tokenizer([bytes([i]) for i in range(256)])
 GREEDY = Sampling(max_tokens=10, temperature=0.0)
 
 
-def build(pattern: str, depth: int = 4, **options) -> LM:
-    sizes = {"sequence_len": 160, "d_model": 48, "head_dim": 16, "head_dim2": 16, "d_state2": 16, **options}
-    model = LM.build(ModelConfig(vocab_size=TOKENIZER.vocab_size, pattern=pattern, depth=depth, **sizes), seed=1)
-    noise = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() == 2:  # no zero matrices: every layer must matter
-                p.copy_(torch.randn(p.shape, generator=noise) * p.size(1) ** -0.5)
-    return model
-
-
 @pytest.fixture(scope="module", params=["T", "M", "M2", "hybrid", "windowed"])
-def model(request) -> LM:
-    return build("T", window=8) if request.param == "windowed" else build(request.param)
+def model(request, random_lm) -> LM:
+    return random_lm("T", window=8) if request.param == "windowed" else random_lm(request.param)
 
 
 @pytest.fixture(scope="module")
-def tiny() -> LM:
-    return build("hybrid", depth=2, d_model=16)
+def tiny(random_lm) -> LM:
+    return random_lm("hybrid", depth=2, d_model=16)
 
 
 def letters(rng: random.Random, n: int) -> str:
@@ -63,6 +52,19 @@ def some_prompts(n: int, seed: int = 0) -> list[list[int]]:
             documents = [*documents[: rng.randint(0, len(documents))], letters(rng, 5)]
         prompts.append(prompt(documents, letters(rng, rng.randint(1, 30))))
     return prompts
+
+
+def check(prefixes: PrefixCache) -> None:
+    """The tree holds what the order lists, and no node without use."""
+    nodes, waiting = [], [prefixes._root]
+    while waiting:
+        node = waiting.pop()
+        children = [child for some in node.children.values() for child in some.values()]
+        assert node.fixed is not None or children
+        nodes.append(node)
+        waiting += children
+    assert set(nodes[1:]) == set(prefixes._order)
+    assert prefixes.nbytes == sum(node.nbytes for node in nodes) <= prefixes.max_bytes
 
 
 def test_ragged_batches_give_the_same_cold_warm_and_forked(model):
@@ -138,6 +140,21 @@ def test_boundaries_of_ones_own_and_long_passes(model, monkeypatch):
     assert [prefixes.get(ids[:n]).n for n in (6, 7, 30, 49, 50, 60)] == [0, 7, 7, 31, 50, 50]
 
 
+def test_snapshots_after_messages():
+    messages = [
+        {"role": "system", "content": "a" * 20},
+        {"role": "user", "content": "b" * 5},
+        {"role": "assistant", "content": "c" * 30},
+        {"role": "user", "content": "d" * 40},
+    ]
+    ids = TOKENIZER.render_prompt({"messages": messages}).ids
+    every = message_boundaries(ids, TOKENIZER)
+    assert [TOKENIZER.decode(ids[n - 2 : n])[0] for n in every] == list("abcd")
+    assert every[-1] == len(ids) - 1  # before <|assistant_start|>
+    assert message_boundaries(ids, TOKENIZER, 20) == [every[0], every[2], every[3]]
+    assert message_boundaries(ids, TOKENIZER, 20, every[2] - 10) == every[3:]
+
+
 def test_where_snapshots_are_taken():
     ids = prompt(["a" * 10, "b" * 50, "c" * 5, "d" * 5, "e" * 60, "f"], "Who?")
     every = document_boundaries(ids, TOKENIZER)
@@ -179,10 +196,9 @@ def test_a_thousand_different_prompts_stay_within_the_bound(tiny):
         with torch.no_grad():
             prefixes.begin(ids, document_boundaries(ids, TOKENIZER))
         prefixes.get(kept)
-        assert prefixes.nbytes <= bound
-        assert prefixes.nbytes == sum(node.nbytes for node in prefixes._order)
         if not prefixes.hits:
             engine.generate_batch([kept], GREEDY, prefix_cache=prefixes)
+    check(prefixes)
     assert len(prefixes) > 3
     assert prefixes.get(kept).n == document_boundaries(kept, TOKENIZER)[-1]  # in use, so it was never the oldest
     assert engine.generate_batch([kept], GREEDY, prefix_cache=prefixes)[0].ids == expected
@@ -211,7 +227,7 @@ def test_get_finds_the_longest_beginning_and_nothing_else(tiny, rows, offsets, b
         with torch.no_grad():
             prefixes.begin(ids, offsets)
         stored |= {tuple(ids[:n]) for n in offsets if 0 < n < len(ids)}
-        assert prefixes.nbytes <= bound
+        check(prefixes)
     unbounded = bound > sum(node.nbytes for node in prefixes._order) and len(prefixes) == len(stored)
     for ids in rows:
         begun = prefixes.get(ids)
@@ -226,6 +242,56 @@ def test_get_finds_the_longest_beginning_and_nothing_else(tiny, rows, offsets, b
         for a, b in zip(begun.states, states):
             for x, y in zip(a.tensors().values(), b.tensors().values()):
                 torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_what_is_used_often_outlives_what_is_new(tiny):
+    system, rng = [7] * 30, random.Random(1)
+    prefixes = PrefixCache(400_000)
+    prefixes.bind(tiny)
+    prefixes.begin([*system, 1], [30])
+    for i in range(300):
+        if i < 20:
+            prefixes.get([*system, i])
+        ids = [rng.randrange(256) for _ in range(60)]
+        prefixes.begin(ids, [50])  # saves more tokens, but only itself
+    check(prefixes)
+    assert prefixes.get([*system, 1]).n == 30
+    for _ in range(3000):  # nothing lasts for ever
+        prefixes.begin([rng.randrange(256) for _ in range(60)], [50])
+        if prefixes._longest(_ids([*system, 1])).n == 0:
+            break
+    else:
+        raise AssertionError("what is not used any more never leaves")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pattern", ["M2", "hybrid"])
+def test_a_long_conversation_keeps_its_last_turns(random_lm, pattern):
+    """The snapshots of earlier turns leave by themselves, although the later ones stand on them."""
+    model = random_lm(pattern, depth=2, d_model=16)
+    ids = [random.Random(2).randrange(256) for _ in range(130)]
+    one = PrefixCache()
+    one.bind(model)
+    one.begin(ids, [120])
+    prefixes = PrefixCache(3 * one.nbytes)
+    prefixes.bind(model)
+    for end in range(10, 130, 10):
+        begun = prefixes.begin(ids[: end + 1], [end])
+        check(prefixes)
+        assert prefixes.get(ids).n == begun.n == end
+    assert any(node.fixed is None for node in prefixes._order)
+    for node in list(prefixes._order):
+        found, fresh = prefixes.get(ids[: node.n]), model.init_states(1)
+        if found.n:
+            model(torch.tensor([ids[: found.n]]), fresh)
+        for a, b in zip(found.states, fresh):
+            for x, y in zip(a.tensors().values(), b.tensors().values()):
+                torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
+    gone = next(node.n for node in prefixes._order if node.fixed is None)
+    prefixes.begin(ids[: gone + 1], [gone])  # and may come back
+    check(prefixes)
+    assert prefixes.get(ids[: gone + 1]).n == gone
 
 
 def test_threads_share_it(tiny):
@@ -253,7 +319,7 @@ def test_threads_share_it(tiny):
     assert prefixes.nbytes <= 60_000
 
 
-def test_wrong_use_is_refused(tiny):
+def test_wrong_use_is_refused(tiny, random_lm):
     for options in ({"max_bytes": -1}, {"spacing": -1}):
         with pytest.raises(UsageError, match="expected at least 0"):
             PrefixCache(**options)
@@ -262,7 +328,7 @@ def test_wrong_use_is_refused(tiny):
         prefixes.get([1, 2])
     prefixes.bind(tiny)
     with pytest.raises(UsageError, match="another model"):
-        Engine(build("M", depth=1), TOKENIZER).generate_batch([[1, 2]], GREEDY, prefix_cache=prefixes)
+        Engine(random_lm("M", depth=1), TOKENIZER).generate_batch([[1, 2]], GREEDY, prefix_cache=prefixes)
     with pytest.raises(UsageError, match="2 lists of boundaries for 1 prompts"):
         Engine(tiny, TOKENIZER).generate_batch([[1, 2]], GREEDY, prefix_cache=prefixes, boundaries=[[1], [1]])
     with torch.no_grad():
