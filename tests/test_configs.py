@@ -15,6 +15,8 @@ from nanochat.model.mamba2 import Mamba2
 from nanochat.runtime import Runtime
 from nanochat.training.commands import TokenizerSettings, horizon, train_base, train_tokenizer
 from nanochat.training.rag import RagSettings, train_rag
+from nanochat.training.refrag import RefragSettings, train_refrag
+from nanochat.training.rl_commands import ChatRLSettings, PolicySettings, train_chat_rl
 from nanochat.training.settings import BaseSettings, MidSettings, SFTSettings, check_architecture
 
 ROOT = Path(__file__).parents[1]
@@ -40,6 +42,7 @@ BLOCKS = {
     "tiny_hybrid": [M2, M2, M2, T],
 }
 RAG = {"rag_mamba_d20": "mamba_d20", "rag_hybrid_d20": "hybrid_alternating_d20", "rag_tiny": None}
+REWARDED = {"refrag_hybrid_d20": RefragSettings, "refrag_tiny": RefragSettings, "rl_tiny": ChatRLSettings}
 WIDTH = {"d12": 768, "d20": 1280, "tiny": 64}
 GPU = sorted((ROOT / "configs" / "gpu").glob("*.py"))
 WORLD = "world:seed=0,known=10,wordings=4"
@@ -50,7 +53,7 @@ def path_of(name: str) -> str:
 
 
 def test_the_table_names_every_config() -> None:
-    assert {path.stem for path in (ROOT / "configs").glob("*.py")} == set(BLOCKS) | set(RAG)
+    assert {path.stem for path in (ROOT / "configs").glob("*.py")} == set(BLOCKS) | set(RAG) | set(REWARDED)
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -82,6 +85,20 @@ def test_rag_configs_agree_with_the_model_that_they_fine_tune(name: str, base: s
         saved = ModelConfig(vocab_size=1000, **config.parse(BaseSettings, [path_of(base)]).model_options()).resolved()
         check_architecture(saved, settings, base)
     assert horizon(replace(settings, num_iterations=1), 0, settings.sequence_len or 0, cpu(world_size=2))[1] >= 1
+
+
+@pytest.mark.parametrize(("name", "stage"), REWARDED.items())
+def test_configs_of_reinforcement_learning(name: str, stage: type[PolicySettings]) -> None:
+    flags = ["--contexts=entities=60"] if name.startswith("refrag") else []
+    settings = config.parse(stage, [path_of(name), *flags, "--seed=3"])
+    settings.check()
+    assert settings.seed == 3
+    for world_size in (1, 2):
+        assert settings.play().n_micro(world_size) >= 1
+    if name.endswith("d20"):
+        base = config.parse(BaseSettings, [path_of("hybrid_alternating_d20")])
+        saved = ModelConfig(vocab_size=1000, **base.model_options()).resolved()
+        check_architecture(saved, settings, "hybrid_alternating_d20")
 
 
 @pytest.mark.parametrize("path", GPU, ids=[path.stem for path in GPU])
@@ -120,3 +137,10 @@ def test_tiny_ones_train(name: str, out_dir: Path) -> None:
     flags = ["--run", name, "--out_dir", str(out_dir), "--source=base", "--num_iterations=2", "--eval_tokens=512"]
     metrics = train_rag(config.parse(RagSettings, [path_of("rag_tiny"), *flags, "--device=cpu", "--dtype=float32"]))
     assert 0 < metrics["train_loss"] < 7
+    if name == "tiny_hybrid":
+        flags = ["--run", name, "--out_dir", str(out_dir), "--source=base", "--device=cpu", "--dtype=float32"]
+        for train, stage, file in (
+            (train_chat_rl, ChatRLSettings, "rl_tiny"),
+            (train_refrag, RefragSettings, "refrag_tiny"),
+        ):
+            assert train(config.parse(stage, [path_of(file), *flags]))["final"] == 1.0
