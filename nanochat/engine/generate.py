@@ -28,6 +28,7 @@ from nanochat.tokenizer import StreamDecoder, Tokenizer
 
 MAX_ROWS = 64  # rows that decode together
 PREFILL_TOKENS = 2048  # tokens in one forward pass of the prefill
+NOT_FINITE = "the model's hidden states are not finite: its weights may be damaged"
 MAX_PADDING = 1.25  # a mixer works on the padded form of a prefill group: keep it at most so much larger
 
 
@@ -91,32 +92,48 @@ def prefill(
     hidden states (B, D) of each prompt's last token. `begun`: the beginnings of the prompts that have been read already
     (their states are used up); only what follows is read.
 
-    Rows of similar length go through the model together, end to end, at most PREFILL_TOKENS in a pass; a longer prompt
-    takes several passes.
+    See `read_in_groups`.
     """
-    if begun is not None:
-        prompts = [prompt[start.n :] for prompt, start in zip(prompts, begun)]
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    batches, hiddens = [], []
-    for group in _groups([len(prompts[i]) for i in order]):
-        members = [prompts[order[i]] for i in group]
-        if begun is None:
-            states = model.init_states(len(members), max(map(len, members)) + room)
-        else:
-            states = cache.join([begun[order[i]].states for i in group])
-            if len(members) > 1:
-                cache.reserve(states, max(map(len, members)) + room)
-        hiddens.append(_read(model, members, states))
-        batches.append(states)
-    several = len(batches) > 1
-    states = cache.join(batches)
+    groups = list(read_in_groups(model, prompts, room, begun))
+    order = [i for group in groups for i in group.rows]
+    several = len(groups) > 1
+    hidden_BD = torch.cat([group.hidden_BD for group in groups])
+    states = cache.join([group.states for group in groups])
     rows = sorted(range(len(order)), key=order.__getitem__)
     if rows != list(range(len(rows))):
         cache.select(states, rows)
         several = True
     if several:
         cache.reserve(states, room)
-    return states, torch.cat(hiddens)[rows]
+    return states, hidden_BD[rows]
+
+
+class Read(NamedTuple):
+    """Rows that have been read together: which prompts, their states, and the hidden state of each one's last token."""
+
+    rows: list[int]
+    states: list[State]
+    hidden_BD: Tensor
+
+
+def read_in_groups(
+    model: LM, prompts: Sequence[Sequence[int]], room: int = 0, begun: Sequence[Begun] | None = None
+) -> Iterator[Read]:
+    """As `prefill`, group by group: rows of similar length go through the model together, end to end, at most
+    PREFILL_TOKENS in a pass; a longer prompt takes several passes."""
+    if begun is not None:
+        prompts = [prompt[start.n :] for prompt, start in zip(prompts, begun)]
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    for group in _groups([len(prompts[i]) for i in order]):
+        rows = order[group.start : group.stop]
+        members = [prompts[i] for i in rows]
+        if begun is None:
+            states = model.init_states(len(members), max(map(len, members)) + room)
+        else:
+            states = cache.join([begun[i].states for i in rows])
+            if len(members) > 1:
+                cache.reserve(states, max(map(len, members)) + room)
+        yield Read(rows, states, _read(model, members, states))
 
 
 def _groups(lengths: Sequence[int]) -> list[range]:
@@ -187,6 +204,14 @@ class Batch(Generic[AnyRow]):
     def take(self, i: int) -> list[State]:
         """A copy of the states of row i, as one row."""
         return [state.snapshot() for state in cache.row(self.states, i)]
+
+    def broken(self) -> set[int]:
+        """Rows whose hidden states are no numbers; they are set to zero, so that the others can be sampled."""
+        bad_B = ~torch.isfinite(self.hidden_BD).all(dim=-1)
+        if not bool(bad_B.any()):
+            return set()
+        self.hidden_BD = self.hidden_BD.masked_fill(bad_B[:, None], 0.0)
+        return set(bad_B.nonzero()[:, 0].tolist())
 
     @torch.no_grad()
     def sample(self, sampling: Sampling) -> tuple[list[int], list[float]]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nanochat.engine.generate import MAX_ROWS, Batch, Prompt, n_fresh, prefill
+from nanochat.engine.generate import MAX_ROWS, NOT_FINITE, Batch, Prompt, n_fresh, read_in_groups
 from nanochat.engine.prefix import Begun
 from nanochat.engine.sampling import Sampling, Stream, sample
 from nanochat.engine.tools import Call, Request, Tool
@@ -226,12 +226,12 @@ class _Runner:
     def advance(self) -> list[Step]:
         """One token for each row of the batch; rows that end or pause leave it."""
         batch = self.batch
-        broken = self.broken()
+        broken = batch.broken()
         ids, logprobs = self.sample()
         found = []
         for i, row in enumerate(batch.rows):
             if i in broken:
-                row.end("error", "the model's hidden states are not finite: its weights may be damaged")
+                row.end("error", NOT_FINITE)
                 found.append(row.step([], False))
                 continue
             row.append([ids[i]], True, logprobs[i])
@@ -242,14 +242,6 @@ class _Runner:
             found.append(row.step([ids[i]], True))
         batch.step(ids)
         return found
-
-    def broken(self) -> set[int]:
-        """Rows whose hidden states are no numbers; they are set to zero, so that the others can be sampled."""
-        bad_B = ~torch.isfinite(self.batch.hidden_BD).all(dim=-1)
-        if not bool(bad_B.any()):
-            return set()
-        self.batch.hidden_BD = self.batch.hidden_BD.masked_fill(bad_B[:, None], 0.0)
-        return set(bad_B.nonzero()[:, 0].tolist())
 
     @torch.no_grad()
     def sample(self) -> tuple[list[int], list[float]]:
@@ -297,8 +289,8 @@ class _Runner:
                 unread.append([last, *ids])
         if rows:
             with torch.no_grad():
-                states, hidden_BD = prefill(self.model, unread, max(row.budget for row in rows), begun)
-                self.batch.join(rows, states, hidden_BD)
+                for group in read_in_groups(self.model, unread, 0, begun):
+                    self.batch.join([rows[i] for i in group.rows], group.states, group.hidden_BD)
         return found
 
     def call(self, rows: Sequence[_Row]) -> list[list[int]]:
