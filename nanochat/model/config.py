@@ -78,6 +78,7 @@ class ModelConfig:
     rope: bool = True
     rope_base: float = 10000.0
     qk_norm: bool = True
+    key_offset: bool = True  # half of a key is that of the token before
     window: int = 0  # sliding window in tokens, 0: full attention
     window_pattern: str = "S"  # over attention layers, S: window, L: full
     softcap: float = 15.0  # logits = softcap * tanh(logits / softcap), 0: off
@@ -165,6 +166,8 @@ class ModelConfig:
             raise UsageError(f"--n_kv_head {self.n_kv_head} does not divide --n_head {self.n_head}")
         if self.head_dim % 2 and self.rope and "T" in blocks:
             raise UsageError(f"--head_dim {self.head_dim}: rotary positions need an even head width")
+        if self.head_dim % 4 and self.key_offset and "T" in blocks:
+            raise UsageError(f"--head_dim {self.head_dim}: a key offset needs a multiple of 4; or --key_offset False")
         if self.activation not in ACTIVATIONS:
             raise UsageError(f"--activation {self.activation!r}: must be one of {', '.join(ACTIVATIONS)}")
         if not self.window_pattern or set(self.window_pattern) - {"S", "L"}:

@@ -34,10 +34,14 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight.to(input.dtype))
 
-    def init_uniform(self) -> None:
-        """Uniform with variance 1/n_in, the spread of a normal init without its tails."""
+    def init_uniform(self, copies: Tensor | None = None) -> None:
+        """Uniform with variance 1/n_in, the spread of a normal init without its tails. `copies` (n_out,): for each row
+        the row whose values it gets."""
         bound = (3.0 / self.in_features) ** 0.5
-        self.weight.uniform_(-bound, bound)
+        if copies is None:
+            self.weight.uniform_(-bound, bound)
+        else:
+            self.weight.copy_(torch.empty_like(self.weight).uniform_(-bound, bound)[copies.to(self.weight.device)])
 
     def init_zero(self) -> None:
         """A block whose last matrix is zero starts as the identity (ReZero, arXiv 2003.04887)."""

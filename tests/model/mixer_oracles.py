@@ -30,18 +30,23 @@ def softplus(x: Tensor) -> Tensor:
 
 
 def attention(module: Attention, x_TD: Tensor) -> Tensor:
-    """softmax(s q k) v with every pair written out; a window, groups, rotation and norm as the module has them."""
+    """softmax(s q k) v with every pair written out; a window, groups, rotation, offset and norm as the
+    module has them."""
     w, H, G, P = weights(module), module.n_head, module.n_kv, module.P
     keys, values, out = [], [], []
+    before = torch.zeros(G, P // 2 if module.offset else 0, dtype=torch.float64)
     for t, x in enumerate(x_TD):
         projected = w["qkv.weight"] @ x
         q = projected[: H * P].view(H, P)
         k, v = projected[H * P :].view(2, G, P)
         if module.qk_norm:
             q, k = norm(q), norm(k)
+        R = P // 2 if module.offset else P
         if module.rotary is not None:
-            q, k = rotate(q, t, module.rotary.base), rotate(k, t, module.rotary.base)
-        keys.append(k)
+            base = module.rotary.base
+            q, k = (torch.cat((rotate(part[:, :R], t, base), part[:, R:]), 1) for part in (q, k))
+        keys.append(torch.cat((k[:, :R], before), 1))
+        before = k[:, R:]
         values.append(v)
         first = max(0, t + 1 - module.window) if module.window else 0
         heads = []

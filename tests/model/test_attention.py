@@ -29,7 +29,7 @@ def test_grouped_heads_are_full_heads_with_repeated_keys(n_kv_head: int) -> None
 
 
 def test_without_positions_only_the_set_of_the_past_matters() -> None:
-    module, x = attention(rope=False), noise(1, 6, 32)
+    module, x = attention(rope=False, key_offset=False), noise(1, 6, 32)
     shuffled = x[:, [3, 0, 4, 1, 2, 5]]
     with torch.no_grad():
         close(module(x)[:, 5], module(shuffled)[:, 5])
@@ -62,7 +62,7 @@ def state(lengths: list[int], room: int = 0) -> KVState:
 
 def test_nbytes_counts_what_is_live() -> None:
     made = state([5, 5], room=100)
-    assert made.nbytes == 2 * (2 * 5 * 4 * 8) * 4 + 2 * 8
+    assert made.nbytes == 2 * (2 * 5 * 4 * 8) * 4 + 2 * 4 * 4 * 4 + 2 * 8
     assert made.longest == 5
     assert made.uniform
     before = made.nbytes
@@ -89,4 +89,4 @@ def test_selecting_the_short_rows_forgets_the_long_one() -> None:
     assert (made.lengths, made.longest) == ([4, 2], 4)
     made.select(torch.tensor([1]))
     assert made.uniform
-    assert made.nbytes == 2 * 2 * 4 * 8 * 4 + 8
+    assert made.nbytes == 2 * 2 * 4 * 8 * 4 + 4 * 4 * 4 + 8

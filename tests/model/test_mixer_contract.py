@@ -18,6 +18,7 @@ VARIANTS = [
     ("T", {}),
     ("T", {"n_kv_head": 2, "window": 7}),
     ("T", {"n_kv_head": 1, "rope": False, "qk_norm": False}),
+    ("T", {"key_offset": False}),
     ("M", {}),
     ("M", {"ssm_norm": False, "d_conv": 4}),
     ("M2", {}),
@@ -52,10 +53,12 @@ def test_no_output_depends_on_a_later_input(letter: str) -> None:
 
 
 def test_a_window_sees_so_many_tokens_and_no_more() -> None:
-    module = mixer("T", window=3)
-    x = noise(1, 8, 32).requires_grad_()
-    (gradient,) = torch.autograd.grad(module(x)[0, 6].sum(), x)
-    assert (gradient[0].abs().sum(-1) > 0).tolist() == [False] * 4 + [True] * 3 + [False]
+    for key_offset in (False, True):  # the first of three keys is of the token before it, too
+        module = mixer("T", window=3, key_offset=key_offset)
+        x = noise(1, 8, 32).requires_grad_()
+        (gradient,) = torch.autograd.grad(module(x)[0, 6].sum(), x)
+        seen = (gradient[0].abs().sum(-1) > 0).tolist()
+        assert seen == [False] * 3 + [key_offset] + [True] * 3 + [False]
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 17, 64, 257])
@@ -73,7 +76,7 @@ def test_matches_the_sequential_float64_oracle(letter: str, options: dict[str, o
 
 @pytest.mark.parametrize(("letter", "options"), VARIANTS)
 def test_gradients_of_input_and_every_parameter(letter: str, options: dict[str, object]) -> None:
-    small = {"d_model": 6, "head_dim": 2, "d_state": 2, "d_state2": 2, "head_dim2": 3, "dt_rank": 2, "d_conv": 2}
+    small = {"d_model": 6, "head_dim": 4, "d_state": 2, "d_state2": 2, "head_dim2": 3, "dt_rank": 2, "d_conv": 2}
     if options.get("n_kv_head") == 2:
         options = {**options, "n_head": 4}
     module = mixer(letter, **{**small, **options}).double()

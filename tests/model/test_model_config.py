@@ -1,5 +1,6 @@
 """The architecture: one dial, patterns, and one clear error for each mistake."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -104,7 +105,10 @@ def test_each_mistake_is_named(options: dict[str, Any], said: str) -> None:
 
 
 def test_an_odd_head_width_is_fine_without_rotation() -> None:
-    assert ModelConfig(depth=2, head_dim=15, n_head=2, rope=False, pattern="T").resolved().head_dim == 15
+    plain = ModelConfig(depth=2, head_dim=15, n_head=2, rope=False, key_offset=False, pattern="T")
+    assert plain.resolved().head_dim == 15
+    with pytest.raises(UsageError, match="--key_offset False"):
+        replace(plain, key_offset=True, head_dim=14).resolved()
     assert ModelConfig(depth=2, head_dim=15, n_head=2, pattern="mamba").resolved()
 
 

@@ -154,7 +154,7 @@ def test_llama(n_kv_head: int) -> None:
     shake(theirs)
     ours = bare(
         pattern="transformer", n_kv_head=n_kv_head, head_dim=16, activation="swiglu", mlp_t=3.0, qk_norm=False,
-        rope_base=5000.0,
+        rope_base=5000.0, key_offset=False,
     )  # fmt: skip
     copy_llama(theirs, ours)
     assert_same_logits(theirs, ours)
