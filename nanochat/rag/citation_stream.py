@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-
+from nanochat.rag.citations import number_of
 from nanochat.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -34,9 +33,9 @@ class CitationStream:
         if ids != self._end:
             self._inside.append(ids)
             return ""
-        label = self.tokenizer.decode(self._inside).strip()
-        if re.fullmatch(r"[0-9]{1,4}", label) and 1 <= int(label) <= self.n_documents:
-            self._cited.append(int(label))
+        number = number_of(self.tokenizer.decode(self._inside))
+        if 1 <= number <= self.n_documents:
+            self._cited.append(number)
         self._inside = None
         return ""
 

@@ -1,7 +1,7 @@
 """Citations: how an answer names the documents of its prompt, and how they are read, checked and shown.
 
-The model writes `<|cite_start|>2<|cite_end|>` for document 2 of its own prompt, before the sentence that rests on it.
-Read from token ids, so text that merely looks like a citation is none.
+The model writes `<|cite_start|> Mara Velt2<|cite_end|>`, the heading of document 2 of its own prompt, before the
+sentence that rests on it; the number counts. Read from token ids, so text that merely looks like a citation is none.
 """
 
 from __future__ import annotations
@@ -46,11 +46,17 @@ class Answer:
         return " ".join(shown)
 
 
+def number_of(label: str) -> int:
+    """The number at the end of what stands in a citation; 0 for none."""
+    found = re.search(r"(?<![0-9])[0-9]{1,4}$", label.strip())
+    return int(found[0]) if found else 0
+
+
 def parse(ids: Sequence[int], tokenizer: Tokenizer, n_documents: int) -> Answer:
     """Read an answer from the ids that the model produced (an end token may be among them).
 
     A citation holds until the next one; several in a row count together. Whatever stands between the tokens of a
-    citation and is no number from 1 to `n_documents` is invalid.
+    citation and does not end with a number from 1 to `n_documents` is invalid.
     """
     start, end, abstain = (tokenizer.special(name) for name in ("cite_start", "cite_end", "abstain"))
     sentences: list[Sentence] = []
@@ -73,8 +79,9 @@ def parse(ids: Sequence[int], tokenizer: Tokenizer, n_documents: int) -> Answer:
             inside = []
         elif token == end and inside is not None:
             label = tokenizer.decode(inside).strip()
-            if re.fullmatch(r"[0-9]{1,4}", label) and 1 <= int(label) <= n_documents:
-                cited.append(int(label))
+            number = number_of(label)
+            if 1 <= number <= n_documents:
+                cited.append(number)
             else:
                 invalid.append(label)
             inside = None

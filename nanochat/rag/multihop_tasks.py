@@ -24,8 +24,8 @@ from nanochat.engine.tools import Call, Request
 from nanochat.errors import UsageError
 from nanochat.rag.knowledge import Library, Searcher
 from nanochat.rag.multihop import SearchTool, documents_of
-from nanochat.rag.questions import RagQuestion
 from nanochat.rag.prompt import heading
+from nanochat.rag.questions import RagQuestion
 from nanochat.rag.tasks import as_document, cited_answer
 from nanochat.retrieval.document import Document, Hit
 from nanochat.tasks.task import Task, check_index

@@ -1,9 +1,9 @@
 """Documents into the prompt: one retrieval block of numbered documents under a token budget.
 
-    <|retrieval_start|><|doc_start|> Title 1<|doc_title_end|> text<|doc_end|><|doc_start|> ... 2<|doc_title_end|> ...
+    <|retrieval_start|><|doc_start|> Title1<|doc_title_end|> text<|doc_end|><|doc_start|> ...2<|doc_title_end|> ...
 
-The number stands behind the title, so that a citation is "what came after this name", the look-up that models learn
-first; the blanks in front give a name the same tokens here as inside of a sentence.
+The number stands right behind the title, and a citation repeats both: so it is "what came after this name", the look-up
+that models learn first. The blanks in front give a name the same tokens here as inside of a sentence.
 
 Training, evaluation and chat all call `retrieval_message`, so a model meets at work what it was trained on. The block
 stands before the question: the documents are a stable prefix whose state can be kept. Their text is encoded as plain
@@ -70,13 +70,34 @@ def result_part(documents: Sequence[Document], first: int = 1) -> dict[str, Any]
 def document_parts(documents: Sequence[Document], first: int = 1) -> list[dict[str, Any]]:
     """Documents as parts of a message, numbered from `first`."""
     return [
-        {"type": "document", "title": numbered(document.title, n), "text": f" {document.content}"}
+        {"type": "document", "title": heading(document.title, n), "text": f" {preface(document)}{document.content}"}
         for n, document in enumerate(documents, first)
     ]
 
 
-def numbered(title: str, number: int) -> str:
-    return f" {title} {number}" if title else f" {number}"
+HEADING = 48  # characters of a title that stand before the number, and that a citation repeats
+
+
+def heading(title: str, number: int) -> str:
+    """What stands over a document and what cites it: the title's beginning and the number. A title that ends with a
+    digit gets a colon, so that the number can always be told from it."""
+    short = _beginning(title)
+    if short[-1:].isdigit():
+        short += ":"
+    return f" {short}{number}"
+
+
+def preface(document: Document) -> str:
+    """What comes before the text under a heading: the title where the heading has only its beginning."""
+    return f"{document.title}\n" if len(" ".join(document.title.split())) > HEADING else ""
+
+
+def _beginning(title: str) -> str:
+    """At most HEADING characters, whole words where there are any."""
+    title = " ".join(title.split())
+    if len(title) <= HEADING:
+        return title
+    return title[: HEADING + 1].rsplit(" ", 1)[0][:HEADING]
 
 
 def aggregate(documents: Sequence[Document]) -> list[Document]:
@@ -126,7 +147,8 @@ def fit(
     """
     kept = list(documents)
     texts = [tokenizer.encode(f" {document.content}") for document in kept]
-    fixed = [len(tokenizer.encode(numbered(document.title, n))) + 3 for n, document in enumerate(kept, first)]
+    over = [heading(document.title, n) + preface(document) for n, document in enumerate(kept, first)]
+    fixed = [len(tokenizer.encode(text)) + 3 for text in over]
     while kept and sum(fixed) + sum(min(LEAST, len(text)) for text in texts) + 2 > max_tokens:
         kept.pop()
         texts.pop()

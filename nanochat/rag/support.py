@@ -381,11 +381,13 @@ def _sentence_explained(
     """Of the last of the sentences said, behind the others and its own citations."""
     with_ = tokenizer.render_prompt({"messages": [dict(m) for m in messages]}).ids
     without = tokenizer.render_prompt({"messages": without_documents(messages)}).ids
+    blocks = (message["content"] for message in messages if message["role"] == "retrieval")
+    headings = [part["title"] for block in blocks for part in block if part["type"] == "document"]
     before: list[int] = []
     for i, sentence in enumerate(said):
         for number in sentence.cited:
-            cite = [tokenizer.special("cite_start"), *tokenizer.encode(str(number)), tokenizer.special("cite_end")]
-            before += cite
+            before += [tokenizer.special("cite_start"), *tokenizer.encode(headings[number - 1])]
+            before.append(tokenizer.special("cite_end"))
         ids = tokenizer.encode(sentence.text)
         if i < len(said) - 1:
             before += ids

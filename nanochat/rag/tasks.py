@@ -15,8 +15,9 @@ from typing import Any
 from nanochat.data.answers import contains_answer, exact_match, is_abstention
 from nanochat.data.shuffle import Draws, mix
 from nanochat.data.world import VAL_WORDING, Question, World
+from nanochat.rag.citations import number_of
 from nanochat.rag.knowledge import Library, Searcher
-from nanochat.rag.prompt import Block, retrieval_message
+from nanochat.rag.prompt import Block, heading, retrieval_message
 from nanochat.rag.questions import RagQuestion
 from nanochat.retrieval.document import Document
 from nanochat.tasks.task import Task, check_index, message_text
@@ -24,12 +25,13 @@ from nanochat.tasks.world import abstention
 from nanochat.tokenizer import Tokenizer
 
 
-def cited_answer(numbers: Sequence[int], sentence: str) -> list[dict[str, str]]:
-    """Citations first, then the sentence that rests on them: two look-ups, each of which can be learnt by itself."""
-    return [*({"type": "cite", "text": str(n)} for n in numbers), {"type": "text", "text": sentence}]
+def cited_answer(headings: Sequence[str], sentence: str) -> list[dict[str, str]]:
+    """Citations first, then the sentence that rests on them: two look-ups, each of which can be learnt by itself. The
+    blank in front gives a name at the beginning the same tokens as in the documents."""
+    return [*({"type": "cite", "text": over} for over in headings), {"type": "text", "text": f" {sentence}"}]
 
 
-_CITED = re.compile(r"\s*<\|cite_start\|>\s*(\d+)\s*<\|cite_end\|>")
+_CITED = re.compile(r"\s*<\|cite_start\|>(.*?)<\|cite_end\|>", re.DOTALL)
 
 
 def judge(conversation: dict[str, Any], completion: str) -> bool:
@@ -39,7 +41,7 @@ def judge(conversation: dict[str, Any], completion: str) -> bool:
         return is_abstention(completion)
     cited: list[int] = []
     while match := _CITED.match(completion):
-        cited.append(int(match[1]))
+        cited.append(number_of(match[1]))
         completion = completion[match.end() :]
     said = _CITED.sub("", completion)
     right = any(exact_match(said, a) or contains_answer(said, a) for a in conversation["answers"])
@@ -88,7 +90,8 @@ class RagWorld:
         messages: list[dict[str, Any]] = [retrieval_message(documents).message]
         for _ in range(self.n_questions):
             question, number = self.ask(world, pool, entities, stated, draws)
-            answer = cited_answer([number], question.sentence) if number else abstention()
+            over = [heading(documents[number - 1].title, number)] if number else []
+            answer = cited_answer(over, question.sentence) if number else abstention()
             messages += [{"role": "user", "content": question.text}, {"role": "assistant", "content": answer}]
         return {
             "messages": messages,
@@ -224,7 +227,8 @@ def ask_about(question: RagQuestion, block: Block) -> dict[str, Any]:
     numbers = [n for n, document in enumerate(block.documents, 1) if document.id in question.gold]
     needed = set(question.gold)
     known = needed <= {block.documents[n - 1].id for n in numbers} and bool(question.answers)
-    answer = cited_answer(numbers, question.sentence) if known else abstention()
+    headings = [heading(block.documents[n - 1].title, n) for n in numbers]
+    answer = cited_answer(headings, question.sentence) if known else abstention()
     return {
         "messages": [
             block.message,

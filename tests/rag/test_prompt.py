@@ -3,7 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat.errors import UsageError
-from nanochat.rag.prompt import LEAST, aggregate, distinct, fit, numbered, retrieval_message
+from nanochat.rag.citations import number_of
+from nanochat.rag.prompt import HEADING, LEAST, aggregate, distinct, fit, heading, retrieval_message
 from nanochat.retrieval.document import Document
 from nanochat.tokenizer import Tokenizer
 
@@ -23,7 +24,7 @@ def block_tokens(documents: list[Document]) -> int:
 def test_documents_are_numbered_in_the_order_of_the_block() -> None:
     documents = [Document("a", "x", "A"), Document("b", "y"), Document("c", "z", "C")]
     block = retrieval_message(documents)
-    assert [part["title"] for part in block.message["content"]] == [" A 1", " 2", " C 3"]
+    assert [part["title"] for part in block.message["content"]] == [" A1", " 2", " C3"]
     assert [part["text"] for part in block.message["content"]] == [" x", " y", " z"]
     assert block.documents == tuple(documents)
 
@@ -101,4 +102,20 @@ def test_text_of_documents_never_becomes_a_special_token() -> None:
     message = retrieval_message([evil]).message
     ids = BYTES.render({"messages": [message, {"role": "user", "content": "q"}]}).ids
     assert sum(map(BYTES.is_special, ids)) == 8  # bos, block 2, document 3, user 2
-    assert numbered("", 3) == " 3"
+
+
+@given(st.text(max_size=90), st.integers(1, 40))
+def test_a_heading_keeps_its_number_apart_from_the_title(title: str, number: int) -> None:
+    over = heading(title, number)
+    assert number_of(over) == number
+    assert len(over) <= HEADING + 4
+
+
+def test_headings_of_all_kinds_of_titles() -> None:
+    assert heading("", 3) == " 3"
+    assert heading("Chapter 1", 2) == " Chapter 1:2"
+    long = Document("a", "text", "The quick brown fox jumps over the lazy dog and runs away")
+    part = retrieval_message([long]).message["content"][0]
+    assert part["title"] == " The quick brown fox jumps over the lazy dog and1"
+    assert part["text"] == f" {long.title}\ntext"  # what the heading leaves out is not lost
+    assert heading("x" * 60, 1) == f" {'x' * HEADING}1"
