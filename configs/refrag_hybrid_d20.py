@@ -12,6 +12,7 @@ top_k = 3
 warm_start_steps = 1000
 warm_start_rows = 4
 num_iterations = 300
+lr_scale = 0.05
 n_prompts = 64
 n_samples = 8
 max_rows = 256

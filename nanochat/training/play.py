@@ -11,9 +11,11 @@ from nanochat.engine.rollout import Rollout, rollouts
 from nanochat.engine.sampling import Sampling
 from nanochat.engine.tools import Tool
 from nanochat.errors import UsageError
+from nanochat.evaluation.chat import question
 from nanochat.model.lm import LM
 from nanochat.rag.multihop import Hop, documents_of, read_answer
 from nanochat.rag.rewards import Rewards, Sample, Score
+from nanochat.rag.traces import Trace, trace_of
 from nanochat.tokenizer import Tokenizer
 from nanochat.training.course import Problem
 
@@ -63,6 +65,15 @@ class Played(NamedTuple):
     rollout: Rollout
     sample: Sample
     score: Score
+
+    def trace(self, tokenizer: Tokenizer) -> Trace:
+        """The answer as a record to look at."""
+        asked = self.problem.conversation
+        return trace_of(
+            self.rollout, tokenizer, question(asked), name=self.sample.name, answers=asked.get("answers", ()),
+            gold=asked.get("gold_documents", ()), right=self.sample.right, reward=round(self.score.total, 4),
+            rewards={name: round(value, 4) for name, value in self.score.parts.items()},
+        )  # fmt: skip
 
 
 class Player:

@@ -20,6 +20,7 @@ from nanochat.engine.sampling import Sampling
 from nanochat.errors import NanochatError
 from nanochat.kernels.loss import linear_cross_entropy, linear_nll
 from nanochat.model.lm import LM
+from nanochat.rag.traces import Trace
 from nanochat.runtime import Runtime, all_reduce_sum, log
 from nanochat.tasks.task import Task
 from nanochat.training.collapse import Detector
@@ -35,6 +36,7 @@ from nanochat.training.reinforce import (
     token_weights,
 )
 
+N_TRACES = 4  # of each validation task and process
 TRIES = 4  # rounds drawn when no group says anything
 GAP = {torch.float32: 1e-3}  # largest mean difference of log-probabilities between engine and loss, in nats
 GAP_HALF = 0.1  # the same in half precision
@@ -73,6 +75,7 @@ class PolicyStage:
         self.pending: list[PolicyBatch] = []
         self.fresh = False  # the model is the one that sampled the batches
         self.means: dict[str, float] = {}  # of the latest round
+        self.traces: list[Trace] = []  # of the latest evaluation
         self.tally = Tally()
 
     def collect(self) -> list[PolicyBatch]:
@@ -202,10 +205,12 @@ class PolicyStage:
         o, rank, world = self.options, self.runtime.rank, self.runtime.world_size
         greedy = Sampling(o.max_tokens, temperature=0.0)
         sums: dict[str, float] = {}
+        self.traces = []
         for name, task in self.val.items():
             numbers = range(min(len(task), o.eval_prompts))[rank::world]
             problems = [Problem(task, i, task[i], 0) for i in numbers]
             played = self.player.play(problems, greedy, 1) if problems else []
+            self.traces += [one.trace(self.tokenizer) for one in played[:N_TRACES]]
             parts = {f"reward_{r}": sum(one.score.parts[r] for one in played) for r in self.rewards.names}
             right = sum(one.sample.right for one in played)
             mine = {

@@ -92,8 +92,10 @@ class PolicySettings(TrainSettings):
     """optimizer steps"""
     device_batch_size: int = 32
     """answers per forward pass and process"""
-    lr_scale: float = 0.05
-    """factor on every learning rate"""
+    embedding_lr: float = 0.02
+    """learning rate of embeddings, for a width of 768: AdamW moves them as far for noise as for a reason"""
+    lr_scale: float = 0.3
+    """factor on every learning rate; a tenth of it for models of hundreds of millions of parameters"""
     weight_decay: float = 0.0
     """of the matrices"""
     warmup: float = 0.0

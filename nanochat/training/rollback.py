@@ -11,6 +11,7 @@ from nanochat import checkpoint
 from nanochat.data.batches import Batch
 from nanochat.errors import NanochatError
 from nanochat.model.lm import LM
+from nanochat.rag.traces import write_traces
 from nanochat.runtime import Runtime, barrier, log
 from nanochat.tokenizer import Tokenizer
 from nanochat.training.loop import Trainer
@@ -111,6 +112,8 @@ class PolicyTrainer(Trainer):
             return
         super().evaluate()
         self.evaluated = self.progress.step
+        if self.runtime.is_main:
+            write_traces(self.directory / "traces.jsonl", self.policy.traces)
         value = self.progress.metrics[JUDGED_BY]
         if value > self.best:
             self.best, self.best_step = value, self.progress.step

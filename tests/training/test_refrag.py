@@ -13,6 +13,7 @@ from nanochat.engine.tools import Request
 from nanochat.errors import UsageError
 from nanochat.rag.dataset import DatasetSettings, prepare
 from nanochat.rag.multihop_tasks import MultiHopWorld
+from nanochat.rag.traces import read_traces
 from nanochat.tasks.task import Curriculum
 from nanochat.tokenizer import Tokenizer
 from nanochat.training import refrag
@@ -41,6 +42,9 @@ def test_both_stages_over_worlds(root: Path) -> None:
     assert {record["step"] for record in rounds(root, "refrag")} == {1, 2}
     assert {"reward_answer", "reward_relevance", "reward_efficiency", "reward_format"} <= set(rounds(root, "refrag")[0])
     assert {f"val_accuracy_{n}hop" for n in (1, 2, 3)} <= set(evaluations(root, "refrag")[0])
+    shown = read_traces(root / "tiny" / "refrag" / "traces.jsonl")
+    assert len(shown) == 6
+    assert all(trace.question and trace.reward is not None for trace in shown)
     begun = checkpoint.latest(root / "tiny" / "refrag_sft")
     ended = checkpoint.latest(root / "tiny" / "refrag")
     assert begun is not None
