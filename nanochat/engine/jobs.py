@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from nanochat.engine import cache
-from nanochat.engine.generate import Batch, Engine, Row, prefill
+from nanochat.engine.generate import NOT_FINITE, Batch, Engine, Row, prefill
 from nanochat.engine.prefix import Begun, PrefixCache, message_boundaries
 from nanochat.engine.sampling import sample
 from nanochat.engine.ticket import Event, Request, Ticket
+from nanochat.errors import NanochatError
 from nanochat.model.lm import LM
 from nanochat.model.mixer import State
 from nanochat.runtime import log
@@ -219,7 +220,7 @@ class Jobs:
         if not self._batch.rows:
             return
         try:
-            self._batch.step([row.ids[-1] for row in self._batch.rows])
+            self._batch.step([row.ids[-1] if row.active else 0 for row in self._batch.rows])
         except Exception as error:
             self._fail(error)
 
@@ -229,13 +230,17 @@ class Jobs:
         if not rows:
             return
         try:
+            broken = self._batch.broken()
             chosen = self._choose([self._job_of[row.number].request for row in rows])
         except Exception as error:
             return self._fail(error)
-        for row, choice in zip(rows, chosen):
-            self._advance(row, *choice)
+        for i, (row, choice) in enumerate(zip(rows, chosen)):
+            if i in broken:
+                self._break(row, NanochatError(NOT_FINITE))
+            else:
+                self._advance(row, *choice)
         finished = [row for row in rows if row.finish_reason]
-        self._keep_answers(finished)
+        self._keep_answers([row for row in finished if row.finish_reason != "error"])
         for row in finished:
             del self._job_of[row.number]
         for job in [job for job in self._jobs if not job.active]:
@@ -260,14 +265,19 @@ class Jobs:
     def _advance(self, row: Row, token: int, logprob: float, likely: Likely) -> None:
         """Give a row its token, and the consumer the event."""
         job = self._job_of[row.number]
-        text = ""
         try:
             text = job.engine.advance(row, token, logprob)
-        except Exception as error:  # a decoder's: this row ends, the others go on
-            job.ticket.error, row.finish_reason = error, "error"
+        except Exception as error:  # a decoder's
+            return self._break(row, error)
         self.completion_tokens += 1
         index = row.number - job.rows[0].number
         job.ticket.emit(Event(index, text, [token], [logprob], row.finish_reason, [likely] if likely else []))
+
+    def _break(self, row: Row, error: Exception) -> None:
+        """End one row; the others go on."""
+        job = self._job_of[row.number]
+        job.ticket.error, row.finish_reason = error, "error"
+        job.ticket.emit(Event(row.number - job.rows[0].number, "", [], [], "error", []))
 
     def _fail(self, error: Exception) -> None:
         """The pass of all rows failed: their states may have advanced in some layers only."""

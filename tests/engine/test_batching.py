@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tiny_lm import build
 
 from nanochat.engine.batching import Overloaded, Request, Scheduler, measure_states
 from nanochat.engine.generate import Engine
@@ -25,8 +26,8 @@ LONG = Sampling(max_tokens=100, temperature=0.0)
 
 
 @pytest.fixture(scope="module")
-def model(random_lm) -> LM:
-    return random_lm("hybrid", depth=2, d_model=32)
+def model() -> LM:
+    return build("hybrid", sequence_len=160, depth=2, d_model=32)
 
 
 @pytest.fixture
@@ -184,8 +185,8 @@ def test_rows_wait_for_memory(make, model):
     assert all(len(ids_of(ticket)) == 8 for ticket in tickets)
 
 
-def test_states_are_measured(model, random_lm):
-    for m in (model, random_lm("T", depth=2), random_lm("M", depth=2)):
+def test_states_are_measured(model):
+    for m in (model, build("T", depth=2), build("M", depth=2)):
         row, token = measure_states(m)
         states = m.init_states(1)
         with torch.no_grad():
@@ -226,8 +227,8 @@ def test_short_prompts_share_a_pass(make, passes):
 
 
 @pytest.mark.parametrize("pattern", ["T", "M", "M2", "hybrid"])
-def test_the_next_turn_reads_only_what_is_new(pattern, random_lm, passes):
-    model = random_lm(pattern, depth=2, d_model=32)
+def test_the_next_turn_reads_only_what_is_new(pattern, passes):
+    model = build(pattern, sequence_len=160, depth=2, d_model=32)
     scheduler = Scheduler(model, TOKENIZER, prefix_cache=PrefixCache(), eos=())
     first = TOKENIZER.render_prompt({"messages": [{"role": "user", "content": "Hello there, who are you?"}]}).ids
     answer = scheduler.submit(Request(first, GREEDY))
@@ -307,10 +308,28 @@ def test_what_breaks_in_one_row_ends_that_row(make, model, monkeypatch, caplog):
     unborn = scheduler.submit(Request([1, 2], GREEDY, decoder=lambda: 1 / 0))
     with caplog.at_level(logging.ERROR, "nanochat"):
         run(scheduler)
-    assert (reason(bad), bad.usage.completion, str(bad.error)) == ("error", 3, "a decoder's bug")
+    assert (reason(bad), bad.usage.completion, str(bad.error)) == ("error", 2, "a decoder's bug")
     assert (reason(unborn), type(unborn.error)) == ("error", ZeroDivisionError)
     assert ids_of(good) == expected
     assert scheduler.stats().failed == 2
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_hidden_states_that_are_no_numbers_end_their_row(make, model, monkeypatch, temperature):
+    sampling = Sampling(max_tokens=8, temperature=temperature, seed=1)
+    expected = Engine(model, TOKENIZER, eos=()).generate_batch([[5, 6]], sampling)[0].ids
+    forward = LM.forward
+
+    def damaged(self, ids, *args, **kwargs):
+        return forward(self, ids, *args, **kwargs).masked_fill((ids == 77)[..., None], float("nan"))
+
+    monkeypatch.setattr(LM, "forward", damaged)
+    scheduler = make(prefix_cache=PrefixCache())
+    bad, good = scheduler.submit(Request([5, 77], sampling, n=2)), scheduler.submit(Request([5, 6], sampling))
+    run(scheduler)
+    assert [(event.ids, event.finish_reason) for event in bad] == [([], "error")] * 2
+    assert "not finite" in str(bad.error)
+    assert ids_of(good) == expected
 
 
 @pytest.mark.parametrize("length", [9, 90])

@@ -12,6 +12,7 @@ from functools import cache as memoize
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny_lm import build
 
 from nanochat.engine.batching import Request, Scheduler, Ticket
 from nanochat.engine.generate import Completion, Engine
@@ -93,8 +94,8 @@ SCHEDULES = st.fixed_dictionaries(
 
 
 @pytest.fixture(scope="module", params=PATTERNS)
-def world(request, random_lm) -> World:
-    return World(random_lm(request.param, depth=2, d_model=32))
+def world(request) -> World:
+    return World(build(request.param, sequence_len=160, depth=2, d_model=32))
 
 
 def play(world: World, arrivals, max_rows, prefill_chunk, tight, cache_bytes, spacing) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_lm import build
 
 from nanochat.engine import cache, generate
 from nanochat.engine.generate import Engine, prefill
@@ -19,17 +20,6 @@ from nanochat.tokenizer import StreamDecoder, Tokenizer
 TOKENIZER = Tokenizer([bytes([i]) for i in range(256)])
 PATTERNS = ("T", "M", "M2", "hybrid")
 GREEDY = Sampling(max_tokens=12, temperature=0.0)
-
-
-def build(pattern: str, **options) -> LM:
-    config = {"sequence_len": 96, "depth": 4, "d_model": 48, "head_dim": 16, "head_dim2": 16, "d_state2": 16, **options}
-    model = LM.build(ModelConfig(vocab_size=TOKENIZER.vocab_size, pattern=pattern, **config), seed=1)
-    noise = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() == 2:  # no zero matrices: every layer must matter
-                p.copy_(torch.randn(p.shape, generator=noise) * p.size(1) ** -0.5)
-    return model
 
 
 @pytest.fixture(scope="module", params=PATTERNS)

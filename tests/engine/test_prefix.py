@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_lm import build
 
 from nanochat.engine import cache, generate
 from nanochat.engine.generate import Engine
@@ -22,13 +23,14 @@ GREEDY = Sampling(max_tokens=10, temperature=0.0)
 
 
 @pytest.fixture(scope="module", params=["T", "M", "M2", "hybrid", "windowed"])
-def model(request, random_lm) -> LM:
-    return random_lm("T", window=8) if request.param == "windowed" else random_lm(request.param)
+def model(request) -> LM:
+    kind = {"pattern": "T", "window": 8} if request.param == "windowed" else {"pattern": request.param}
+    return build(**kind, sequence_len=160)
 
 
 @pytest.fixture(scope="module")
-def tiny(random_lm) -> LM:
-    return random_lm("hybrid", depth=2, d_model=16)
+def tiny() -> LM:
+    return build("hybrid", sequence_len=160, depth=2, d_model=16)
 
 
 def letters(rng: random.Random, n: int) -> str:
@@ -250,7 +252,7 @@ def test_what_is_used_often_outlives_what_is_new(tiny):
     prefixes = PrefixCache(400_000)
     prefixes.bind(tiny)
     prefixes.begin([*system, 1], [30])
-    for i in range(300):
+    for i in range(150):
         if i < 20:
             prefixes.get([*system, i])
         ids = [rng.randrange(256) for _ in range(60)]
@@ -267,9 +269,9 @@ def test_what_is_used_often_outlives_what_is_new(tiny):
 
 @torch.no_grad()
 @pytest.mark.parametrize("pattern", ["M2", "hybrid"])
-def test_a_long_conversation_keeps_its_last_turns(random_lm, pattern):
+def test_a_long_conversation_keeps_its_last_turns(pattern):
     """The snapshots of earlier turns leave by themselves, although the later ones stand on them."""
-    model = random_lm(pattern, depth=2, d_model=16)
+    model = build(pattern, sequence_len=160, depth=2, d_model=16)
     ids = [random.Random(2).randrange(256) for _ in range(130)]
     one = PrefixCache()
     one.bind(model)
@@ -319,7 +321,7 @@ def test_threads_share_it(tiny):
     assert prefixes.nbytes <= 60_000
 
 
-def test_wrong_use_is_refused(tiny, random_lm):
+def test_wrong_use_is_refused(tiny):
     for options in ({"max_bytes": -1}, {"spacing": -1}):
         with pytest.raises(UsageError, match="expected at least 0"):
             PrefixCache(**options)
@@ -328,7 +330,7 @@ def test_wrong_use_is_refused(tiny, random_lm):
         prefixes.get([1, 2])
     prefixes.bind(tiny)
     with pytest.raises(UsageError, match="another model"):
-        Engine(random_lm("M", depth=1), TOKENIZER).generate_batch([[1, 2]], GREEDY, prefix_cache=prefixes)
+        Engine(build("M", depth=1), TOKENIZER).generate_batch([[1, 2]], GREEDY, prefix_cache=prefixes)
     with pytest.raises(UsageError, match="2 lists of boundaries for 1 prompts"):
         Engine(tiny, TOKENIZER).generate_batch([[1, 2]], GREEDY, prefix_cache=prefixes, boundaries=[[1], [1]])
     with torch.no_grad():

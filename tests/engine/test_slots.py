@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from tiny_lm import build
 
 from nanochat.engine import cache, generate, slots
 from nanochat.engine.generate import Batch, decode, prefill
@@ -14,9 +15,9 @@ from nanochat.model.lm import LM
 
 
 @pytest.fixture(scope="module", params=["T", "M", "M2", "hybrid", "windowed"])
-def model(request, random_lm) -> LM:
+def model(request) -> LM:
     window = {"window": 8} if request.param == "windowed" else {}
-    return random_lm("T" if window else request.param, depth=2, d_model=32, **window)
+    return build("T" if window else request.param, sequence_len=160, depth=2, d_model=32, **window)
 
 
 def same(slots: Slots, alone: list[list]) -> None:
@@ -57,8 +58,8 @@ def test_rows_are_what_they_would_be_alone(model, monkeypatch):
 
 
 @torch.no_grad()
-def test_a_row_that_joins_copies_no_other(random_lm):
-    model = random_lm("hybrid", depth=2, d_model=32)
+def test_a_row_that_joins_copies_no_other():
+    model = build("hybrid", depth=2, d_model=32)
     held = Slots(prefill(model, [[1] * 9] * 6)[0], model.init_states(1))
 
     def places() -> list[int]:
@@ -74,8 +75,8 @@ def test_a_row_that_joins_copies_no_other(random_lm):
 
 
 @torch.no_grad()
-def test_room_that_nobody_needs_is_given_back(random_lm):
-    model = random_lm("T", depth=1, d_model=32, sequence_len=4096)
+def test_room_that_nobody_needs_is_given_back():
+    model = build("T", depth=1, d_model=32, sequence_len=4096)
     held = Slots(prefill(model, [[1] * 9] * 2)[0], model.init_states(1))
     held.join(prefill(model, [[1] * 3000])[0])
     large = held.states[0].k.stride(1)
@@ -84,9 +85,9 @@ def test_room_that_nobody_needs_is_given_back(random_lm):
     assert held.states[0].k.stride(1) * 5 < large
 
 
-def test_a_batch_moves_its_rows_and_says_so(random_lm, monkeypatch):
+def test_a_batch_moves_its_rows_and_says_so():
     """The rows after a step are those that the states belong to."""
-    model = random_lm("hybrid", depth=2, d_model=32)
+    model = build("hybrid", depth=2, d_model=32)
     engine = generate.Engine(model, None, eos=(), decoder=lambda: None)
     batch: Batch = Batch(model)
     prompts = [[i] * (3 + i) for i in range(6)]
