@@ -34,6 +34,7 @@ BLOCK, LANES = 32, 4  # channels of a program (one warp), threads that share a c
 KEEP, UNROLL = 32, 4
 PROGRAMS = 2048  # with fewer, time is split
 MIN_SPLIT = 4 * KEEP  # steps
+WIDE = 1 << 31  # rows of so many elements are counted in 64 bits, which costs a tenth of the time
 LOG2E = tl.constexpr(1 / math.log(2))
 LN2 = tl.constexpr(math.log(2))
 
@@ -90,7 +91,7 @@ def _forward_kernel(
     n_time, n_inner, steps, u_row, u_step, dt_row, dt_step, B_row, B_step, C_row, C_step, gate_row, gate_step,
     N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, KEEP: tl.constexpr,
     BIAS: tl.constexpr, GATE: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr, ENTERING: tl.constexpr,
-    LOCAL: tl.constexpr,
+    LOCAL: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
     """Scan one split. LOCAL: from zero, and only `last` (B, S, N, E) and `whole` (B, S, N, E), the split's decay."""
     e, e_read, n = _place(n_inner, BLOCK, ROWS, LANES)
@@ -108,9 +109,11 @@ def _forward_kernel(
         gate += b * gate_row + e_read
     if PACKED:
         segments += b * n_time
+    if not LOCAL:
+        y += b * n_time * n_inner + e
     n_kept = tl.cdiv(n_time, KEEP)
     total_E, alive = tl.zeros((BLOCK,), tl.float32), 0.0
-    first = (s * steps).to(tl.int64)
+    first = (s * steps).to(tl.int64) if LONG else s * steps
     # the next token is on its way while this one is computed
     u_E, dt_E = tl.load(u + first * u_step), tl.load(dt + first * dt_step)
     B_N, C_N = _vector(B + first * B_step, n, N, ROWS, LANES), _vector(C + first * C_step, n, N, ROWS, LANES)
@@ -133,7 +136,7 @@ def _forward_kernel(
             if GATE:
                 y_E *= gate_E.to(tl.float32) * sigmoid(gate_E.to(tl.float32))
                 gate_E = tl.load(gate + later * gate_step)
-            tl.store(y + (b * n_time + t) * n_inner + e, y_E.to(y.dtype.element_ty), mask=e < n_inner)
+            tl.store(y + t * n_inner, y_E.to(y.dtype.element_ty), mask=e < n_inner)
         u_E, dt_E, B_N, C_N = u_next, dt_next, B_next, C_next
     if LOCAL:
         tl.store(last + (b * n_split + s) * N * n_inner + cell, h, mask=inside)
@@ -174,6 +177,7 @@ def _local_gradient_kernel(
     n_time, n_inner, steps, dy_row, dy_step, dt_row, dt_step, C_row, C_step, gate_row, gate_step,
     N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
     BIAS: tl.constexpr, GATE: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr,
+    LONG: tl.constexpr,
 ):  # fmt: skip
     """Gradient that a split alone sends to the state before it, and its decay; both (B, S, N, E)."""
     e, e_read, n = _place(n_inner, BLOCK, ROWS, LANES)
@@ -189,7 +193,7 @@ def _local_gradient_kernel(
         segments += b * n_time
     g = tl.zeros((ROWS, BLOCK, LANES), tl.float32)
     total_E, alive = tl.zeros((BLOCK,), tl.float32), 0.0
-    first = (s * steps).to(tl.int64)
+    first = (s * steps).to(tl.int64) if LONG else s * steps
     stop = tl.minimum(first + steps, n_time)
     for back in range(stop - first):
         t = stop - 1 - back
@@ -213,6 +217,7 @@ def _backward_kernel(
     gate_row, gate_step,
     N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, KEEP: tl.constexpr,
     UNROLL: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr,
+    LONG: tl.constexpr,
 ):  # fmt: skip
     """All gradients of one split, given `leaving` (B, S, N, E), the gradient of the state behind it."""
     e, e_read, n = _place(n_inner, BLOCK, ROWS, LANES)
@@ -240,7 +245,7 @@ def _backward_kernel(
     g = tl.load(leaving + (b * n_split + s) * N * n_inner + cell, mask=inside, other=0.0)
     dA_NE = tl.zeros((ROWS, BLOCK, LANES), tl.float32)
     dD_E, dbias_E = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    first = (s * steps).to(tl.int64)
+    first = (s * steps).to(tl.int64) if LONG else s * steps
     n_stretch = tl.cdiv(tl.minimum(first + steps, n_time) - first, KEEP)
     for back in range(n_stretch):
         start = first + (n_stretch - 1 - back) * KEEP
@@ -346,12 +351,19 @@ class _Sizes(NamedTuple):
         return torch.empty(*lead, self.n_state, self.n_inner, dtype=torch.float32, device=like.device)
 
     def constants(
-        self, bias: Tensor | None, gate: Tensor | None, segments: Tensor | None, lengths: Tensor | None
+        self,
+        bias: Tensor | None,
+        gate: Tensor | None,
+        segments: Tensor | None,
+        lengths: Tensor | None,
+        strides: list[int],
     ) -> dict[str, Any]:
         rows = power_of_2(triton.cdiv(self.n_state, LANES), 1)
+        widest = max(self.n_inner, self.n_state, *strides[1::2])
         return {
             "N": self.n_state, "BLOCK": BLOCK, "ROWS": rows, "LANES": LANES, "BIAS": bias is not None,
-            "GATE": gate is not None, "PACKED": segments is not None, "RAGGED": lengths is not None, "num_warps": 1,
+            "GATE": gate is not None, "PACKED": segments is not None, "RAGGED": lengths is not None,
+            "LONG": (self.n_time + KEEP) * widest >= WIDE, "num_warps": 1,
         }  # fmt: skip
 
     def carry(self, start: Tensor, local: Tensor, whole: Tensor, reverse: bool) -> Tensor:
@@ -378,12 +390,13 @@ def _scan(
     y = torch.empty_like(u, memory_format=torch.contiguous_format)
     last = size.states(u, size.n_batch)
     kept = size.states(u, size.n_batch, triton.cdiv(size.n_time, KEEP))
-    constants = size.constants(bias, gate, segments, lengths)
+    strides = _strides(u, dt, B, C, gate)
+    constants = size.constants(bias, gate, segments, lengths, strides)
 
     def scan(entering: Tensor | None, last: Tensor, whole: Tensor | None) -> None:
         launch(
             _forward_kernel, size.grid, u, dt, A, B, C, D, bias, gate, segments, lengths, entering, y, last, kept,
-            whole, *size.counts, *_strides(u, dt, B, C, gate), KEEP=KEEP, ENTERING=entering is not None,
+            whole, *size.counts, *strides, KEEP=KEEP, ENTERING=entering is not None,
             LOCAL=whole is not None, **constants,
         )  # fmt: skip
 
@@ -413,7 +426,8 @@ def _scan_backward(
     """Gradients of u, dt, A, B, C, D, bias, gate and state; empty for a bias or gate that there is not."""
     size = _Sizes.of(u, A.t(), steps)
     n_block, n_batch, n_split = size.grid
-    constants = size.constants(bias, gate, segments, lengths)
+    strides = _strides(dy, u, dt, B, C, gate)
+    constants = size.constants(bias, gate, segments, lengths, strides)
     leaving = size.states(u, n_batch).zero_() if dlast is None else dlast
     if n_split > 1:
         local, whole = (size.states(u, n_batch, n_split) for _ in range(2))
@@ -431,7 +445,7 @@ def _scan_backward(
     notes = dA.new_empty(n_block * n_batch * n_split * (KEEP // UNROLL) * rows * LANES * BLOCK)
     launch(
         _backward_kernel, size.grid, dy, leaving, u, dt, A, B, C, D, bias, gate, segments, lengths, kept, notes,
-        du, ddt, dA, dB, dC, dD, dbias, dgate, dstate, *size.counts, *_strides(dy, u, dt, B, C, gate),
+        du, ddt, dA, dB, dC, dD, dbias, dgate, dstate, *size.counts, *strides,
         KEEP=KEEP, UNROLL=UNROLL, **constants,
     )  # fmt: skip
     dbias = u.new_empty(0) if bias is None else dbias.sum(0)

@@ -17,32 +17,32 @@ from nanochat.kernels.conv import causal_conv, causal_conv_ref
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NANOCHAT_KERNEL_CAUSAL_CONV", "triton")
-    for name, value in {"BLOCK": 4, "BLOCK_BACKWARD": 2, "STRETCH": 8}.items():
+    for name, value in {"BLOCK": 4, "BLOCK_BACKWARD": 2, "STRETCH": 4}.items():
         monkeypatch.setattr(triton_conv, name, value)
 
 
-@pytest.mark.parametrize("n_time", [1, 2, 8, 19])
+@pytest.mark.parametrize("n_time", [1, 2, 10])
 @pytest.mark.parametrize("packed", [False, True])
 def test_matches_the_oracle(n_time: int, packed: bool) -> None:
-    options = {"segments_BT": documents(2, n_time, 4)} if packed else {}
-    compare(causal_conv, causal_conv_ref, leaves(inputs(2, n_time, 3), torch.float32), 1e-5, **options)
+    options = {"segments_BT": documents(1, n_time, 3)} if packed else {}
+    compare(causal_conv, causal_conv_ref, leaves(inputs(1, n_time, 3), torch.float32), 1e-5, **options)
 
 
 @pytest.mark.parametrize("n_kernel", [1, 2, 3])
 def test_fewer_taps_and_no_activation(n_kernel: int) -> None:
-    tensors = leaves(inputs(1, 9, 5, n_kernel), torch.float32)
+    tensors = leaves(inputs(1, 6, 3, n_kernel), torch.float32)
     if n_kernel == 1:  # no state to differentiate
         tensors = tensors[:3]
     compare(causal_conv, causal_conv_ref, tensors, 1e-5, activation=False)
 
 
 def test_every_token_a_document() -> None:
-    tensors = leaves(inputs(1, 11, 3), torch.float32)
-    compare(causal_conv, causal_conv_ref, tensors, 1e-5, segments_BT=torch.arange(11)[None])
+    tensors = leaves(inputs(1, 7, 2), torch.float32)
+    compare(causal_conv, causal_conv_ref, tensors, 1e-5, segments_BT=torch.arange(7)[None])
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)
-@given(st.integers(1, 2), st.integers(1, 18), st.integers(1, 4), st.integers(1, 4), st.data())
+@given(st.integers(1, 2), st.integers(1, 12), st.integers(1, 4), st.integers(1, 4), st.data())
 def test_any_shape(n_batch: int, n_time: int, n_inner: int, n_kernel: int, data: st.DataObject) -> None:
     tensors = [x.detach().float() for x in inputs(n_batch, n_time, n_inner, n_kernel)]
     row = st.lists(st.integers(0, 1), min_size=n_time, max_size=n_time)

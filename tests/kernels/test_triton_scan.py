@@ -32,11 +32,11 @@ def call(op, *tensors: Tensor, segments: Tensor | None = None) -> tuple[Tensor, 
     return op(*tensors[:7], segments, None, *tensors[7:])
 
 
-@pytest.mark.parametrize("n_time", [1, 4, 9])
+@pytest.mark.parametrize("n_time", [1, 7])
 @pytest.mark.parametrize("packed", [False, True])
 def test_matches_the_oracle(n_time: int, packed: bool) -> None:
     options = {"segments_BT": documents(2, n_time, 3)} if packed else {}
-    compare(selective_scan, selective_scan_ref, fused(2, n_time, 3, 3)[:7], 1e-5, **options)
+    compare(selective_scan, selective_scan_ref, fused(2, n_time, 2, 3)[:7], 1e-5, **options)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -45,17 +45,17 @@ def test_bias_gate_splits_of_time_and_blocks(
     packed: bool, min_split: int, n_inner: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(triton_scan, "MIN_SPLIT", min_split)
-    segments = documents(1, 11, 6) if packed else None
+    segments = documents(1, 9, 5) if packed else None
     compare(
         lambda *x: call(selective_scan, *x, segments=segments),
         lambda *x: call(selective_scan_ref, *x, segments=segments),
-        fused(1, 11, n_inner, 4),
+        fused(1, 9, n_inner, 4),
         1e-5,
     )
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
-@given(st.integers(1, 2), st.integers(1, 14), st.integers(1, 5), st.integers(1, 5), st.data())
+@settings(max_examples=5, deadline=None, derandomize=True)
+@given(st.integers(1, 2), st.integers(1, 9), st.integers(1, 5), st.integers(1, 5), st.data())
 def test_any_shape(n_batch: int, n_time: int, n_inner: int, n_state: int, data: st.DataObject) -> None:
     tensors = [x.float() for x in inputs(n_batch, n_time, n_inner, n_state)]
     row = st.lists(st.integers(0, 1), min_size=n_time, max_size=n_time)
@@ -69,14 +69,14 @@ def test_any_shape(n_batch: int, n_time: int, n_inner: int, n_state: int, data: 
 
 
 def test_gradients_of_padded_rows() -> None:
-    lengths = torch.tensor([7, 2])
-    valid = (torch.arange(7) < lengths[:, None])[:, :, None]
+    lengths = torch.tensor([5, 2])
+    valid = (torch.arange(5) < lengths[:, None])[:, :, None]
 
     def masked(op, *x: Tensor) -> tuple[Tensor, Tensor]:
         y, state = op(*x[:7], None, lengths, *x[7:])
         return y * valid, state
 
-    compare(lambda *x: masked(selective_scan, *x), lambda *x: masked(selective_scan_ref, *x), fused(2, 7, 3, 2), 1e-5)
+    compare(lambda *x: masked(selective_scan, *x), lambda *x: masked(selective_scan_ref, *x), fused(2, 5, 3, 2), 1e-5)
 
 
 def test_state_carries_over_a_cut_with_its_gradient() -> None:
@@ -96,7 +96,8 @@ def test_huge_and_empty_steps(factor: float) -> None:
     compare(selective_scan, selective_scan_ref, leaves([u, delta * factor, *rest], torch.float32), 1e-5)
 
 
-def test_every_token_a_document() -> None:
+def test_every_token_a_document_with_wide_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_scan, "WIDE", 1)
     tensors = fused(1, 6, 4, 4)[:7]
     compare(selective_scan, selective_scan_ref, tensors, 1e-5, segments_BT=torch.arange(6)[None])
 
