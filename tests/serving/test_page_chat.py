@@ -253,3 +253,33 @@ def test_two_tabs_share_the_chats(visit):
     guest.ask("From the first tab")
     tab.click("#history .open >> text=From the first tab")
     tab.wait_for_selector("text=Answer 1 to: From the first tab")
+
+
+def test_events_survive_any_cut(visit):
+    """Server-sent events, cut in two at every byte."""
+    text = 'data: {"a": "é"}\r\n\r\n: ping\n\ndata: one\ndata: two\n\ndata:three\n'
+    found = visit().page.evaluate(
+        """async (text) => {
+            const { events } = await import('/static/js/api.js');
+            const bytes = new TextEncoder().encode(text);
+            const all = new Set();
+            for (let cut = 0; cut <= bytes.length; cut++) {
+                const parts = [bytes.slice(0, cut), bytes.slice(cut)];
+                const stream = new ReadableStream({ pull: (c) => parts.length ? c.enqueue(parts.shift()) : c.close() });
+                const found = [];
+                for await (const event of events(stream)) found.push(event);
+                all.add(JSON.stringify(found));
+            }
+            return [...all].map(JSON.parse);
+        }""",
+        text,
+    )
+    assert found == [['{"a": "é"}', "one\ntwo", "three"]]
+
+
+def test_names_of_knowledge_bases(visit):
+    slugs = visit().page.evaluate(
+        "async (names) => { const { slug } = await import('/static/js/knowledge.js'); return names.map(slug); }",
+        ["My Notes!", "  Ünïcode  ", "__a--b__", "…", "x" * 99, "CON"],
+    )
+    assert slugs == ["my-notes", "unicode", "a--b__", "", "x" * 64, "con"]

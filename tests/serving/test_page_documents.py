@@ -57,6 +57,21 @@ def test_a_question_that_nothing_answers(visit):
     guest.ask("Xylophone?")
     assert guest.answer() == "I do not know."
     assert "nothing found" in guest.page.inner_text(".trace summary")
+    assert "never trained to read documents" in guest.page.inner_text("#hint")
+
+
+def test_passages_that_are_not_cited_are_shown_too(visit):
+    guest = visit()
+    guest.page.select_option("#model", "tiny-refrag")
+    guest.use_documents()
+    guest.ask("Torwick?")
+    assert "check what matters" in guest.page.inner_text("#hint")
+    guest.page.click("#show-sources")
+    assert "cites none of the passages" in guest.page.inner_text("#panel-body")
+    guest.page.click(".trace summary")
+    guest.page.click(".trace .hits button")
+    assert "Found, but not cited" in guest.page.inner_text("#panel-body")
+    assert guest.page.inner_text(".source.shown .passage") == DOCUMENTS[0].content
 
 
 def test_switches_are_sent(visit):

@@ -43,7 +43,12 @@ async function send(path, { method = "GET", body, signal } = {}) {
   const json = body === undefined ? {} : { body: JSON.stringify(body) };
   let response;
   try {
-    response = await fetch(path, { method, signal, headers: headers(body === undefined ? {} : { "Content-Type": "application/json" }), ...json });
+    response = await fetch(path, {
+      method,
+      signal,
+      headers: headers(body === undefined ? {} : { "Content-Type": "application/json" }),
+      ...json,
+    });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new ApiError(0, "the server cannot be reached");
@@ -86,11 +91,16 @@ export async function* events(stream) {
 /** The chunks of a streamed answer. Throws ApiError, also for an error that comes after the beginning. */
 export async function* chat(body, signal) {
   const response = await send("v1/chat/completions", {
-    method: "POST", signal, body: { ...body, stream: true, stream_options: { include_usage: true } },
+    method: "POST",
+    signal,
+    body: { ...body, stream: true, stream_options: { include_usage: true } },
   });
   let ended = false;
   for await (const data of events(response.body)) {
-    if (data === "[DONE]") { ended = true; break; }
+    if (data === "[DONE]") {
+      ended = true;
+      break;
+    }
     const chunk = JSON.parse(data);
     if (chunk.error) throw new ApiError(500, chunk.error.message ?? "the answer failed");
     yield chunk;
@@ -109,9 +119,11 @@ const base = (name) => `v1/knowledge_bases/${encodeURIComponent(name)}`;
 export const deleteBase = (name) => request(base(name), { method: "DELETE" });
 export const bases = async () => (await request("v1/knowledge_bases")).data;
 export const createBase = (name) => request("v1/knowledge_bases", { method: "POST", body: { name } });
-export const searchBase = async (name, query, topK) => (await request(`${base(name)}/search`, { method: "POST", body: { query, top_k: topK } })).data;
+export const searchBase = async (name, query, topK) =>
+  (await request(`${base(name)}/search`, { method: "POST", body: { query, top_k: topK } })).data;
 export const documents = async (name, limit = 200) => (await request(`${base(name)}/documents?limit=${limit}`)).data;
-export const deleteDocument = (name, id) => request(`${base(name)}/documents/${encodeURIComponent(id)}`, { method: "DELETE" });
+export const deleteDocument = (name, id) =>
+  request(`${base(name)}/documents/${encodeURIComponent(id)}`, { method: "DELETE" });
 
 /** How far an upload is: { status, documents, done, added, updated, unchanged, error }. */
 export const uploadState = (name, id, signal) => request(`${base(name)}/uploads/${encodeURIComponent(id)}`, { signal });
@@ -128,7 +140,14 @@ export function upload(name, file, progress, signal) {
     call.onabort = () => reject(new DOMException("stopped", "AbortError"));
     call.onload = () => {
       if (call.status < 300) resolve(call.response);
-      else reject(new ApiError(call.status, call.response?.error?.message ?? `the server answered ${call.status}`, Number(call.getResponseHeader("Retry-After")) || 0));
+      else
+        reject(
+          new ApiError(
+            call.status,
+            call.response?.error?.message ?? `the server answered ${call.status}`,
+            Number(call.getResponseHeader("Retry-After")) || 0,
+          ),
+        );
     };
     signal.addEventListener("abort", () => call.abort());
     const form = new FormData();

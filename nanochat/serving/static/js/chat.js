@@ -28,7 +28,10 @@ export class Chat {
     this.scroller = $("#scroller");
     this.scroller.addEventListener("scroll", () => this.#scrolled());
     $("#to-bottom").append(icon("down", 20));
-    $("#to-bottom").addEventListener("click", () => { this.pinned = true; this.#follow(); });
+    $("#to-bottom").addEventListener("click", () => {
+      this.pinned = true;
+      this.#follow();
+    });
     this.handlers = {
       regenerate: (node) => this.#answer(this.conversation, node.parent),
       edit: (node, text) => this.#ask(this.conversation, node.parent, text),
@@ -55,7 +58,9 @@ export class Chat {
     const busy = this.running.get(this.conversation.id);
     $("#welcome").hidden = nodes.length > 0;
     if (!nodes.length) this.#welcome();
-    $("#messages").replaceChildren(...nodes.map((node) => messageView(node, place(this.conversation, node.id), this.handlers)));
+    $("#messages").replaceChildren(
+      ...nodes.map((node) => messageView(node, place(this.conversation, node.id), this.handlers)),
+    );
     const jobs = [];
     for (const node of nodes) {
       const element = $(".content", this.#item(node));
@@ -65,16 +70,37 @@ export class Chat {
     this.#markLast();
     this.#follow();
     renderAll(jobs).then(() => this.#follow());
-    this.sources.follow(nodes.findLast((node) => records(node.citations).length) ?? null);
-    this.#hint();
+    this.sources.follow(nodes.findLast((node) => records(node.trace).length) ?? null);
+    this.hint();
   }
 
   #welcome() {
-    const buttons = SUGGESTIONS.map(([title, text]) => h("button", { type: "button", onclick: () => this.act.suggest(text) }, h("strong", {}, title), h("span", {}, text)));
+    const buttons = SUGGESTIONS.map(([title, text]) =>
+      h(
+        "button",
+        { type: "button", onclick: () => this.act.suggest(text) },
+        h("strong", {}, title),
+        h("span", {}, text),
+      ),
+    );
     const model = this.server.models.find((one) => one.id === preferences.model);
-    const facts = [model && model.stage !== model.id && model.stage && `stage ${model.stage}`, model?.parameters && `${short(model.parameters)} parameters`, model?.context && `${model.context.toLocaleString("en")} tokens of context`];
-    $("#welcome").replaceChildren(h("img", { src: "static/icon.svg", alt: "", width: 52, height: 52 }), h("h2", {}, "What would you like to know?"),
-      h("p", {}, model ? `You are talking to ${model.id}: ${facts.filter(Boolean).join(", ")}.` : "A model of your own, on your own machine."), h("div", { class: "suggestions" }, buttons));
+    const facts = [
+      model && model.stage !== model.id && model.stage && `stage ${model.stage}`,
+      model?.parameters && `${short(model.parameters)} parameters`,
+      model?.context && `${model.context.toLocaleString("en")} tokens of context`,
+    ];
+    $("#welcome").replaceChildren(
+      h("img", { src: "static/icon.svg", alt: "", width: 52, height: 52 }),
+      h("h2", {}, "What would you like to know?"),
+      h(
+        "p",
+        {},
+        model
+          ? `You are talking to ${model.id}: ${facts.filter(Boolean).join(", ")}.`
+          : "A model of your own, on your own machine.",
+      ),
+      h("div", { class: "suggestions" }, buttons),
+    );
   }
 
   #item(node) {
@@ -130,7 +156,8 @@ export class Chat {
 
   async #answer(conversation, parent) {
     if (this.running.has(conversation.id)) return;
-    const node = add(conversation, parent, "assistant", "", { model: preferences.model, finish: "stopped" }); // until it is known better
+    // stopped, until it is known better: that is what a page that was closed leaves behind
+    const node = add(conversation, parent, "assistant", "", { model: preferences.model, finish: "stopped" });
     const busy = { node, controller: new AbortController(), live: null, hints: [], saved: performance.now() };
     const body = this.#body(conversation, parent);
     if (body.retrieval) busy.hints = Array.from({ length: body.retrieval.top_k }, (_, i) => i + 1);
@@ -148,12 +175,18 @@ export class Chat {
   }
 
   #body(conversation, parent) {
-    const messages = ancestors(conversation, parent).filter((node) => node.text).map((node) => ({ role: node.role, content: node.text }));
+    const messages = ancestors(conversation, parent)
+      .filter((node) => node.text)
+      .map((node) => ({ role: node.role, content: node.text }));
     if (conversation.system) messages.unshift({ role: "system", content: conversation.system });
     const body = { model: preferences.model, messages, ...preferences.sampling };
     if (preferences.knowledge && this.server.retrieval.available) {
       const model = this.server.models.find((one) => one.id === preferences.model);
-      body.retrieval = { knowledge_base: preferences.knowledge, top_k: preferences.topK, multi_hop: preferences.multiHop && Boolean(model?.multi_hop) };
+      body.retrieval = {
+        knowledge_base: preferences.knowledge,
+        top_k: preferences.topK,
+        multi_hop: preferences.multiHop && Boolean(model?.multi_hop),
+      };
       if (this.act.modes().includes(preferences.mode)) body.retrieval.mode = preferences.mode;
     }
     return body;
@@ -166,7 +199,7 @@ export class Chat {
         return await this.#stream(conversation, busy, body);
       } catch (error) {
         const begun = busy.node.text !== "";
-        if (error.status === 401 && await askKey(error.message)) continue;
+        if (error.status === 401 && (await askKey(error.message))) continue;
         if (error.status !== 429 || begun || tries >= TRIES) throw error;
         const seconds = Math.min(Math.max(error.retryAfter, 1), 30);
         busy.live?.update(`The server is busy. Trying again in ${seconds} s…`, []);
@@ -208,8 +241,8 @@ export class Chat {
       this.#markLast();
       this.#follow();
     }
-    if (records(node.citations).length) this.sources.follow(node);
-    this.#hint();
+    if (records(node.trace).length) this.sources.follow(node);
+    this.hint();
     announce(node.error ? `The answer failed: ${node.error}` : `The answer: ${node.text.slice(0, 1000)}`);
   }
 
@@ -232,22 +265,43 @@ export class Chat {
     $("#to-bottom").hidden = this.pinned;
   }
 
-  #hint() {
+  /** The line below the message box. */
+  hint() {
+    const model = (id) => this.server.models.find((one) => one.id === id);
     const last = path(this.conversation).findLast((node) => node.usage);
-    const model = this.server.models.find((one) => one.id === last?.model);
-    const used = last?.usage?.total_tokens;
-    const full = used && model?.context ? `${used.toLocaleString("en")} of ${model.context.toLocaleString("en")} tokens of context used. ` : "";
-    $("#hint").textContent = `${full}Small models make things up: check what matters.`;
+    const context = model(last?.model)?.context;
+    const used = Math.min(Number(last?.usage?.total_tokens), context); // the last token was said, but never read
+    const full = used ? `${used.toLocaleString("en")} of ${context.toLocaleString("en")} tokens of context used. ` : "";
+    const untrained = preferences.knowledge && model(preferences.model)?.trained_on_documents === false;
+    const advice = untrained
+      ? "This model was never trained to read documents: it may pass over them."
+      : "Small models make things up: check what matters.";
+    $("#hint").textContent = full + advice;
   }
 }
 
-const numbers = (node) => records(node.citations).map((source) => source.n).filter(Number.isInteger);
+const numbers = (node) =>
+  records(node.citations)
+    .map((source) => source.n)
+    .filter(Number.isInteger);
 
-const short = (n) => (n >= 1e9 ? `${(n / 1e9).toFixed(1)}B` : n >= 1e6 ? `${(n / 1e6).toFixed(n < 1e7 ? 1 : 0)}M` : `${Math.round(n / 1e3)}K`);
+const short = (n) =>
+  n >= 1e9
+    ? `${(n / 1e9).toFixed(1)}B`
+    : n >= 1e6
+      ? `${(n / 1e6).toFixed(n < 1e7 ? 1 : 0)}M`
+      : `${Math.round(n / 1e3)}K`;
 
 function pause(milliseconds, signal) {
   return new Promise((resolve, reject) => {
     const timer = setTimeout(resolve, milliseconds);
-    signal.addEventListener("abort", () => { clearTimeout(timer); reject(new DOMException("stopped", "AbortError")); }, { once: true });
+    signal.addEventListener(
+      "abort",
+      () => {
+        clearTimeout(timer);
+        reject(new DOMException("stopped", "AbortError"));
+      },
+      { once: true },
+    );
   });
 }

@@ -14,7 +14,10 @@ export class Composer {
     this.offers = null;
     this.area.addEventListener("input", () => this.#update());
     this.area.addEventListener("keydown", (event) => this.#key(event));
-    this.form.addEventListener("submit", (event) => { event.preventDefault(); this.#submit(); });
+    this.form.addEventListener("submit", (event) => {
+      event.preventDefault();
+      this.#submit();
+    });
     this.form.addEventListener("click", (event) => event.target === this.form && this.area.focus());
     this.setBusy(false);
   }
@@ -71,20 +74,40 @@ export class Composer {
     const filled = bases.filter((base) => base.documents > 0);
     const known = filled.some((base) => base.id === preferences.knowledge);
     if (!known && preferences.knowledge) savePreferences({ knowledge: "" });
-    const select = h("select", { id: "knowledge", "aria-label": "Answer from documents", onchange: () => {
-      savePreferences({ knowledge: select.value });
-      this.showRetrieval(bases, multiHop);
-      $("#knowledge").focus();
-      this.act.knowledgeChosen();
-    } }, h("option", { value: "" }, filled.length ? "No documents" : "No documents yet"),
-    filled.map((base) => h("option", { value: base.id, selected: base.id === preferences.knowledge }, base.id)));
+    const select = h(
+      "select",
+      {
+        id: "knowledge",
+        "aria-label": "Answer from documents",
+        onchange: () => {
+          savePreferences({ knowledge: select.value });
+          this.showRetrieval(bases, multiHop);
+          $("#knowledge").focus();
+          this.act.knowledgeChosen();
+        },
+      },
+      h("option", { value: "" }, filled.length ? "No documents" : "No documents yet"),
+      filled.map((base) => h("option", { value: base.id, selected: base.id === preferences.knowledge }, base.id)),
+    );
     const chosen = Boolean(preferences.knowledge);
     const chips = [h("span", { class: `chip${chosen ? " on" : ""}` }, icon("documents", 15), select, icon("down", 13))];
     if (chosen && multiHop) {
-      const button = h("button", { type: "button", class: "chip", id: "multi-hop", "aria-pressed": String(preferences.multiHop), title: "The model searches several times, with queries of its own", onclick: () => {
-        savePreferences({ multiHop: !preferences.multiHop });
-        button.setAttribute("aria-pressed", String(preferences.multiHop));
-      } }, icon("steps", 15), "Multi-hop");
+      const button = h(
+        "button",
+        {
+          type: "button",
+          class: "chip",
+          id: "multi-hop",
+          "aria-pressed": String(preferences.multiHop),
+          title: "The model searches several times, with queries of its own",
+          onclick: () => {
+            savePreferences({ multiHop: !preferences.multiHop });
+            button.setAttribute("aria-pressed", String(preferences.multiHop));
+          },
+        },
+        icon("steps", 15),
+        "Multi-hop",
+      );
       chips.push(button);
     }
     place.replaceChildren(...chips);

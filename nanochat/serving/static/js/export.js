@@ -10,7 +10,14 @@ export function download(name, type, text) {
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 }
 
-const fileName = (title) => title.normalize("NFKD").replace(/[^\w\- ]+/g, "").trim().replace(/\s+/g, "-").slice(0, 60).toLowerCase() || "chat";
+const fileName = (title) =>
+  title
+    .normalize("NFKD")
+    .replace(/[^\w\- ]+/g, "")
+    .trim()
+    .replace(/\s+/g, "-")
+    .slice(0, 60)
+    .toLowerCase() || "chat";
 
 /** The chosen branch as Markdown, with the sources of each answer. */
 export function toMarkdown(conversation) {
@@ -18,7 +25,9 @@ export function toMarkdown(conversation) {
   if (conversation.system) parts.push(`> System: ${conversation.system.replaceAll("\n", "\n> ")}`);
   for (const node of path(conversation)) {
     parts.push(`## ${node.role === "user" ? "You" : "Assistant"}`, node.text);
-    const cited = records(node.citations).map((c) => `- [${c.n}] ${c.title || c.id}${c.source ? ` (${c.source})` : ""}`);
+    const cited = records(node.citations).map(
+      (c) => `- [${c.n}] ${c.title || c.id}${c.source ? ` (${c.source})` : ""}`,
+    );
     if (cited.length) parts.push(`Sources:\n\n${cited.join("\n")}`);
   }
   return `${parts.join("\n\n")}\n`;
@@ -41,6 +50,7 @@ export function parseExport(text) {
   } catch {
     throw new Error("this is no JSON file");
   }
-  if (value?.format !== "nanochat-conversations" || !Array.isArray(value.conversations)) throw new Error("this is no export of nanochat");
+  if (value?.format !== "nanochat-conversations" || !Array.isArray(value.conversations))
+    throw new Error("this is no export of nanochat");
   return value.conversations.map(validated);
 }

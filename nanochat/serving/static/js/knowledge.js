@@ -21,7 +21,8 @@ export class Knowledge {
   /** Reads the list from the server. */
   async load() {
     this.bases = await api.bases();
-    if (!this.bases.some((base) => base.id === this.target)) this.target = preferences.knowledge || this.bases[0]?.id || "";
+    if (!this.bases.some((base) => base.id === this.target))
+      this.target = preferences.knowledge || this.bases[0]?.id || "";
     this.act.changed(this.bases);
     this.panel.refresh("documents");
   }
@@ -51,12 +52,38 @@ export class Knowledge {
   }
 
   #list() {
-    const radio = (id, name, count, remove) => h("div", { class: `base${this.#chosen(id) ? " chosen" : ""}` },
-      h("label", { class: "use" }, h("input", { type: "radio", name: "base", value: id, checked: this.#chosen(id), onchange: () => this.choose(id) }),
-        h("span", {}, h("span", { class: "name" }, name), h("span", { class: "count" }, count))), remove);
-    const rows = this.bases.map((base) => radio(base.id, base.id, plural(base.documents, "document"),
-      this.#writable && iconButton("trash", `Delete the knowledge base ${base.id}`, () => this.#delete(base))));
-    return h("div", { role: "radiogroup", "aria-label": "Answer from", id: "bases" }, radio("", "No documents", "the model answers by itself"), rows);
+    const radio = (id, name, count, remove) =>
+      h(
+        "div",
+        { class: `base${this.#chosen(id) ? " chosen" : ""}` },
+        h(
+          "label",
+          { class: "use" },
+          h("input", {
+            type: "radio",
+            name: "base",
+            value: id,
+            checked: this.#chosen(id),
+            onchange: () => this.choose(id),
+          }),
+          h("span", {}, h("span", { class: "name" }, name), h("span", { class: "count" }, count)),
+        ),
+        remove,
+      );
+    const rows = this.bases.map((base) =>
+      radio(
+        base.id,
+        base.id,
+        plural(base.documents, "document"),
+        this.#writable && iconButton("trash", `Delete the knowledge base ${base.id}`, () => this.#delete(base)),
+      ),
+    );
+    return h(
+      "div",
+      { role: "radiogroup", "aria-label": "Answer from", id: "bases" },
+      radio("", "No documents", "the model answers by itself"),
+      rows,
+    );
   }
 
   #chosen(id) {
@@ -78,7 +105,13 @@ export class Knowledge {
   }
 
   async #delete(base) {
-    if (!await confirm(`Delete ${base.id}?`, `${plural(base.documents, "document")} will be gone for good, on the server.`)) return;
+    if (
+      !(await confirm(
+        `Delete ${base.id}?`,
+        `${plural(base.documents, "document")} will be gone for good, on the server.`,
+      ))
+    )
+      return;
     await this.#tell(async () => {
       await api.deleteBase(base.id);
       if (preferences.knowledge === base.id) savePreferences({ knowledge: "" });
@@ -95,9 +128,25 @@ export class Knowledge {
   }
 
   #creation() {
-    const field = h("input", { type: "text", id: "new-base", placeholder: "field-notes", maxlength: 64, autocomplete: "off" });
-    const form = h("form", { class: "inline", onsubmit: (event) => { event.preventDefault(); this.#create(field.value); } }, field,
-      h("button", { class: "button" }, icon("plus", 16), "Create"));
+    const field = h("input", {
+      type: "text",
+      id: "new-base",
+      placeholder: "field-notes",
+      maxlength: 64,
+      autocomplete: "off",
+    });
+    const form = h(
+      "form",
+      {
+        class: "inline",
+        onsubmit: (event) => {
+          event.preventDefault();
+          this.#create(field.value);
+        },
+      },
+      field,
+      h("button", { class: "button" }, icon("plus", 16), "Create"),
+    );
     return [h("h3", {}, h("label", { for: "new-base" }, "New knowledge base")), form];
   }
 
@@ -113,14 +162,48 @@ export class Knowledge {
 
   #uploading() {
     const types = this.server.retrieval.file_types;
-    const input = h("input", { type: "file", multiple: true, accept: types.join(","), class: "visually-hidden", id: "files", onchange: () => { this.#add([...input.files]); input.value = ""; } });
-    const drop = h("label", { class: "drop", for: "files",
-      ondragover: (event) => { event.preventDefault(); drop.classList.add("over"); },
-      ondragleave: () => drop.classList.remove("over"),
-      ondrop: (event) => { event.preventDefault(); drop.classList.remove("over"); this.#add([...event.dataTransfer.files]); } },
-    icon("upload", 24), h("strong", {}, this.target ? `Add documents to ${this.target}` : "Add documents"), h("span", {}, "Choose files, or drop them here"),
-    h("span", {}, `${types.join(" ")}, up to ${megabytes(this.#most)}`), input);
-    return [h("h3", {}, "Upload"), drop, h("ul", { class: "uploads", id: "uploads", "aria-label": "Uploads" }, this.jobs.map((job) => job.row))];
+    const input = h("input", {
+      type: "file",
+      multiple: true,
+      accept: types.join(","),
+      class: "visually-hidden",
+      id: "files",
+      onchange: () => {
+        this.#add([...input.files]);
+        input.value = "";
+      },
+    });
+    const drop = h(
+      "label",
+      {
+        class: "drop",
+        for: "files",
+        ondragover: (event) => {
+          event.preventDefault();
+          drop.classList.add("over");
+        },
+        ondragleave: () => drop.classList.remove("over"),
+        ondrop: (event) => {
+          event.preventDefault();
+          drop.classList.remove("over");
+          this.#add([...event.dataTransfer.files]);
+        },
+      },
+      icon("upload", 24),
+      h("strong", {}, this.target ? `Add documents to ${this.target}` : "Add documents"),
+      h("span", {}, "Choose files, or drop them here"),
+      h("span", {}, `${types.join(" ")}, up to ${megabytes(this.#most)}`),
+      input,
+    );
+    return [
+      h("h3", {}, "Upload"),
+      drop,
+      h(
+        "ul",
+        { class: "uploads", id: "uploads", "aria-label": "Uploads" },
+        this.jobs.map((job) => job.row),
+      ),
+    ];
   }
 
   #add(files) {
@@ -137,9 +220,23 @@ export class Knowledge {
     const controller = new AbortController();
     const bar = h("progress", { max: 1, value: 0, "aria-label": `Upload of ${file.name}` });
     const state = h("span", { class: "state" }, "waiting");
-    const cancel = iconButton("close", `Stop the upload of ${file.name}`, () => { controller.abort(); if (!job.begun) this.#end(job, "stopped", "failed"); });
-    const job = { file, base, controller, bar, state, cancel, begun: false, over: false, row: h("li", { class: "upload" }, h("span", { class: "name", title: file.name }, file.name), cancel, bar, state) };
-    if (!types.some((type) => file.name.toLowerCase().endsWith(type))) this.#end(job, `only ${types.join(", ")} can be added`, "failed");
+    const cancel = iconButton("close", `Stop the upload of ${file.name}`, () => {
+      controller.abort();
+      if (!job.begun) this.#end(job, "stopped", "failed");
+    });
+    const job = {
+      file,
+      base,
+      controller,
+      bar,
+      state,
+      cancel,
+      begun: false,
+      over: false,
+      row: h("li", { class: "upload" }, h("span", { class: "name", title: file.name }, file.name), cancel, bar, state),
+    };
+    if (!types.some((type) => file.name.toLowerCase().endsWith(type)))
+      this.#end(job, `only ${types.join(", ")} can be added`, "failed");
     else if (file.size > this.#most) this.#end(job, `larger than ${megabytes(this.#most)}`, "failed");
     return job;
   }
@@ -163,7 +260,12 @@ export class Knowledge {
     job.begun = true;
     try {
       if (!this.bases.some((base) => base.id === job.base)) await api.createBase(job.base);
-      const sent = await api.upload(job.base, job.file, (share) => this.#show(job, "sending", share), job.controller.signal);
+      const sent = await api.upload(
+        job.base,
+        job.file,
+        (share) => this.#show(job, "sending", share),
+        job.controller.signal,
+      );
       job.cancel.remove(); // from here on it is the server's
       const told = await this.#indexed(job, sent);
       if (told.status === "failed") throw new Error(told.error);
@@ -195,41 +297,76 @@ export class Knowledge {
   }
 
   #search(base) {
-    const field = h("input", { type: "text", id: "try-search", placeholder: "Words or a question", autocomplete: "off" });
+    const field = h("input", {
+      type: "text",
+      id: "try-search",
+      placeholder: "Words or a question",
+      autocomplete: "off",
+    });
     const found = h("div", { "aria-live": "polite", class: "found" });
-    const form = h("form", { class: "inline", onsubmit: async (event) => {
-      event.preventDefault();
-      if (!field.value.trim()) return;
-      await this.#tell(async () => {
-        const hits = await api.searchBase(base.id, field.value.trim(), 5);
-        found.replaceChildren(...(hits.length ? hits.map((hit) => this.act.passage(hit)) : [h("p", { class: "none" }, "Nothing found.")]));
-      });
-    } }, field, h("button", { class: "button" }, icon("search", 16), "Search"));
+    const form = h(
+      "form",
+      {
+        class: "inline",
+        onsubmit: async (event) => {
+          event.preventDefault();
+          if (!field.value.trim()) return;
+          await this.#tell(async () => {
+            const hits = await api.searchBase(base.id, field.value.trim(), 5);
+            found.replaceChildren(
+              ...(hits.length
+                ? hits.map((hit) => this.act.passage(hit))
+                : [h("p", { class: "none" }, "Nothing found.")]),
+            );
+          });
+        },
+      },
+      field,
+      h("button", { class: "button" }, icon("search", 16), "Search"),
+    );
     return [h("h3", {}, h("label", { for: "try-search" }, `Search in ${base.id}`)), form, found];
   }
 
   #contents(base) {
     const list = h("ul", { class: "documents" });
-    const details = h("details", { ontoggle: async () => {
-      if (!details.open || list.childElementCount) return;
-      await this.#tell(async () => list.append(...(await api.documents(base.id)).map((document) => this.#document(base, document))));
-    } }, h("summary", {}, `All ${plural(base.documents, "document")}`), list);
+    const details = h(
+      "details",
+      {
+        ontoggle: async () => {
+          if (!details.open || list.childElementCount) return;
+          await this.#tell(async () =>
+            list.append(...(await api.documents(base.id)).map((document) => this.#document(base, document))),
+          );
+        },
+      },
+      h("summary", {}, `All ${plural(base.documents, "document")}`),
+      list,
+    );
     return [h("h3", {}, "Contents"), details];
   }
 
   #document(base, document) {
     const name = document.title || document.id;
-    const remove = this.#writable && iconButton("trash", `Delete ${name}`, async () => {
-      await this.#tell(async () => {
-        await api.deleteDocument(base.id, document.id);
-        row.remove();
-        await this.load();
+    const remove =
+      this.#writable &&
+      iconButton("trash", `Delete ${name}`, async () => {
+        await this.#tell(async () => {
+          await api.deleteDocument(base.id, document.id);
+          row.remove();
+          await this.load();
+        });
       });
-    });
     const row = h("li", {}, h("span", { class: "name", title: document.source || document.id }, name), remove);
     return row;
   }
 }
 
 /** A name as the server wants it. */
-export const slug = (text) => text.normalize("NFKD").toLowerCase().replace(/[^a-z0-9_]+/g, "-").replace(/^[-_]+|-+$/g, "").slice(0, 64);
+export const slug = (text) =>
+  text
+    .normalize("NFKD")
+    .replace(/\p{M}/gu, "") // accents
+    .toLowerCase()
+    .replace(/[^a-z0-9_]+/g, "-")
+    .replace(/^[-_]+|-+$/g, "")
+    .slice(0, 64);

@@ -14,8 +14,13 @@ import { Store, preferences, savePreferences } from "./store.js";
 
 const COMMAND = isMac ? "⌘" : "Ctrl";
 const SHORTCUTS = [
-  ["Enter", "Send"], ["Shift Enter", "New line"], ["↑", "Edit the last question (in an empty box)"], ["Esc", "Stop the answer, or close the panel"],
-  [`${COMMAND} Shift O`, "New chat"], [`${COMMAND} K`, "Search chats"], [`${COMMAND} /`, "This list"],
+  ["Enter", "Send"],
+  ["Shift Enter", "New line"],
+  ["↑", "Edit the last question (in an empty box)"],
+  ["Esc", "Stop the answer, or close the panel"],
+  [`${COMMAND} Shift O`, "New chat"],
+  [`${COMMAND} K`, "Search chats"],
+  [`${COMMAND} /`, "This list"],
 ];
 const narrow = matchMedia("(max-width: 820px)");
 
@@ -25,7 +30,7 @@ async function readConfig() {
     try {
       return await api.config();
     } catch (error) {
-      if (error.status !== 401 || !await askKey("This server wants a key. It is kept in this browser.")) throw error;
+      if (error.status !== 401 || !(await askKey("This server wants a key. It is kept in this browser."))) throw error;
     }
   }
 }
@@ -43,17 +48,46 @@ class Page {
     this.settings = new Settings(this.panel, store, server, {
       systemChanged: (text) => this.#setSystem(text),
       imported: (all) => this.#import(all),
-      cleared: async () => { await store.clear(); this.chat.open(); },
+      cleared: async () => {
+        await store.clear();
+        this.chat.open();
+      },
     });
-    this.chat = new Chat(store, server, this.sources, { changed: () => this.#changed(), suggest: (text) => this.composer.fill(text), modes: () => this.knowledge.modes() });
-    this.composer = new Composer({ send: (text) => this.chat.send(text), stop: () => this.chat.stop(), editLast: () => this.chat.editLast(), knowledgeChosen: () => this.panel.refresh("documents") });
+    this.chat = new Chat(store, server, this.sources, {
+      changed: () => this.#changed(),
+      suggest: (text) => this.composer.fill(text),
+      modes: () => this.knowledge.modes(),
+    });
+    this.composer = new Composer({
+      send: (text) => this.chat.send(text),
+      stop: () => this.chat.stop(),
+      editLast: () => this.chat.editLast(),
+      knowledgeChosen: () => this.panel.refresh("documents"),
+    });
     this.sidebar = new Sidebar(store, {
-      open: (id) => { this.#go(id); this.#hideOverlay(); },
-      create: () => { this.#go(""); this.#hideOverlay(); this.composer.focus(); },
-      changed: (chat) => { store.save(chat); this.#changed(); },
-      remove: async (id) => { await store.remove(id); if (id === this.chat.conversation.id) this.#go(""); else this.#changed(); },
+      open: (id) => {
+        this.#go(id);
+        this.#hideOverlay();
+      },
+      create: () => {
+        this.#go("");
+        this.#hideOverlay();
+        this.composer.focus();
+      },
+      changed: (chat) => {
+        store.save(chat);
+        this.#changed();
+      },
+      remove: async (id) => {
+        await store.remove(id);
+        if (id === this.chat.conversation.id) this.#go("");
+        else this.#changed();
+      },
     });
-    this.knowledge = new Knowledge(this.panel, server, { changed: () => this.#showRetrieval(), passage: (hit) => this.sources.card(hit) });
+    this.knowledge = new Knowledge(this.panel, server, {
+      changed: () => this.#showRetrieval(),
+      passage: (hit) => this.sources.card(hit),
+    });
     this.#fillModels();
     this.#listen();
     this.#route();
@@ -63,7 +97,11 @@ class Page {
   }
 
   #decorate() {
-    for (const [name, text] of [["documents", "Documents"], ["sources", "Sources"], ["settings", "Settings"]]) {
+    for (const [name, text] of [
+      ["documents", "Documents"],
+      ["sources", "Sources"],
+      ["settings", "Settings"],
+    ]) {
       const button = $(`#show-${name}`);
       button.append(icon(name), h("span", { class: "label" }, text));
       button.setAttribute("aria-label", text);
@@ -71,7 +109,14 @@ class Page {
     }
     for (const name of ["#open-sidebar", "#close-sidebar"]) $(name).append(icon("sidebar"));
     $(".model-picker").append(icon("down", 16));
-    $("#sidebar-foot").append(h("button", { type: "button", class: "icon-button", onclick: () => showShortcuts(SHORTCUTS) }, icon("keyboard"), "Keyboard"));
+    $("#sidebar-foot").append(
+      h(
+        "button",
+        { type: "button", class: "icon-button", onclick: () => showShortcuts(SHORTCUTS) },
+        icon("keyboard"),
+        "Keyboard",
+      ),
+    );
     this.#showSidebar(preferences.sidebar && !narrow.matches, false);
   }
 
@@ -92,8 +137,10 @@ class Page {
       else if (this.panel.name) this.panel.close();
       else if (narrow.matches) this.#hideOverlay();
     } else if (command && event.shiftKey && key === "o") this.sidebar.act.create();
-    else if (command && key === "k") { this.#showSidebar(true); $("#search-chats").focus(); }
-    else if (command && key === "/") showShortcuts(SHORTCUTS);
+    else if (command && key === "k") {
+      this.#showSidebar(true);
+      $("#search-chats").focus();
+    } else if (command && key === "/") showShortcuts(SHORTCUTS);
     else return;
     event.preventDefault();
   }
@@ -122,7 +169,9 @@ class Page {
     if (!models.length) toast("This server has only base models. They continue texts: use /v1/completions.", "error");
     if (!models.some((model) => model.id === preferences.model)) savePreferences({ model: models[0]?.id ?? "" });
     const select = $("#model");
-    select.replaceChildren(...models.map((model) => h("option", { value: model.id, selected: model.id === preferences.model }, model.id)));
+    select.replaceChildren(
+      ...models.map((model) => h("option", { value: model.id, selected: model.id === preferences.model }, model.id)),
+    );
     select.addEventListener("change", () => {
       savePreferences({ model: select.value });
       this.#showRetrieval();
@@ -132,7 +181,11 @@ class Page {
 
   #showRetrieval() {
     const model = this.server.models.find((one) => one.id === preferences.model);
-    this.composer.showRetrieval(this.server.retrieval.available ? this.knowledge.bases : null, Boolean(model?.multi_hop));
+    this.composer.showRetrieval(
+      this.server.retrieval.available ? this.knowledge.bases : null,
+      Boolean(model?.multi_hop),
+    );
+    this.chat.hint();
   }
 
   // -- which chat is shown: the address says so, so that reloading and going back work
@@ -153,7 +206,8 @@ class Page {
   /** A conversation changed, or what is running. */
   #changed() {
     const { conversation, busy } = this.chat;
-    if (this.store.all.has(conversation.id) && location.hash !== `#chat=${conversation.id}`) history.pushState(null, "", `#chat=${conversation.id}`);
+    if (this.store.all.has(conversation.id) && location.hash !== `#chat=${conversation.id}`)
+      history.pushState(null, "", `#chat=${conversation.id}`);
     this.composer.setBusy(busy);
     this.sidebar.draw(conversation.id);
     $("#title").textContent = conversation.title || "New chat";

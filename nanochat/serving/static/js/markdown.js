@@ -3,7 +3,9 @@
 import * as api from "./api.js";
 import { h, icon } from "./dom.js";
 
-const policy = globalThis.trustedTypes?.createPolicy("markdown", { createHTML: (html) => html }) ?? { createHTML: (html) => html };
+const policy = globalThis.trustedTypes?.createPolicy("markdown", { createHTML: (html) => html }) ?? {
+  createHTML: (html) => html,
+};
 const LEAST_PAUSE = 120; // milliseconds between two renderings of an answer that is being written
 const BATCH = 50; // answers of a conversation in one request
 
@@ -18,7 +20,15 @@ function put(element, html) {
     block.replaceWith(frame);
     block.setAttribute("role", "region");
     block.setAttribute("aria-label", `Code${language ? ` in ${language}` : ""}`);
-    frame.append(h("div", { class: "code-head" }, h("span", {}, language || "text"), copyButton(() => block.textContent)), block);
+    frame.append(
+      h(
+        "div",
+        { class: "code-head" },
+        h("span", {}, language || "text"),
+        copyButton(() => block.textContent),
+      ),
+      block,
+    );
     if (open[i]) block.scrollLeft = open[i];
   });
 }
@@ -30,18 +40,29 @@ function putPlain(element, text) {
 
 /** A button that copies what `text()` returns and says so. */
 export function copyButton(text, label = "Copy", props = {}) {
-  const button = h("button", { type: "button", class: "icon-button small", ...props, onclick: async () => {
-    await copy(text());
-    button.replaceChildren(icon("check", 15), ...(props["aria-label"] ? [] : ["Copied"]));
-    setTimeout(() => button.replaceChildren(icon("copy", 15), ...(props["aria-label"] ? [] : [label])), 1600);
-  } }, icon("copy", 15), !props["aria-label"] && label);
+  const button = h(
+    "button",
+    {
+      type: "button",
+      class: "icon-button small",
+      ...props,
+      onclick: async () => {
+        await copy(text());
+        button.replaceChildren(icon("check", 15), ...(props["aria-label"] ? [] : ["Copied"]));
+        setTimeout(() => button.replaceChildren(icon("copy", 15), ...(props["aria-label"] ? [] : [label])), 1600);
+      },
+    },
+    icon("copy", 15),
+    !props["aria-label"] && label,
+  );
   return button;
 }
 
 async function copy(text) {
   try {
     await navigator.clipboard.writeText(text);
-  } catch { // no permission, or no https: the old way
+  } catch {
+    // no permission, or no https: the old way
     const area = h("textarea", { value: text, class: "visually-hidden", "aria-hidden": "true" });
     document.body.append(area);
     area.select();
@@ -54,7 +75,7 @@ const REMEMBERED = 400; // answers whose HTML is kept while the page is open
 const rendered = new Map();
 const name = ({ text, citations }) => `${citations.join()}:${text}`;
 
-/** Renders finished answers: jobs are { element, text, citations }. They stay plain text when the server does not answer. */
+/** Renders finished answers: jobs are { element, text, citations }. Without the server they stay plain text. */
 export async function renderAll(jobs) {
   const missing = [];
   for (const job of jobs) {

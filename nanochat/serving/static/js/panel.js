@@ -48,7 +48,8 @@ export class Panel {
   }
 
   #mark() {
-    for (const name of Object.keys(this.views)) $(`#show-${name}`).setAttribute("aria-expanded", String(name === this.name));
+    for (const name of Object.keys(this.views))
+      $(`#show-${name}`).setAttribute("aria-expanded", String(name === this.name));
     this.changed();
   }
 }

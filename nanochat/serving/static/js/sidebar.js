@@ -26,32 +26,72 @@ export class Sidebar {
   draw(current = this.current) {
     this.current = current;
     const words = $("#search-chats").value.toLowerCase().split(/\s+/).filter(Boolean);
-    const found = this.store.list().map((chat) => ({ chat, match: matching(chat, words) })).filter(({ match }) => match !== null);
+    const found = this.store
+      .list()
+      .map((chat) => ({ chat, match: matching(chat, words) }))
+      .filter(({ match }) => match !== null);
     const groups = new Map();
     for (const one of found) {
       const when = age(one.chat.updated);
       groups.set(when, [...(groups.get(when) ?? []), one]);
     }
-    const lists = [...groups].map(([when, some]) => [h("h2", {}, when), h("ul", {}, some.map(({ chat, match }) => this.#item(chat, match)))]);
-    const none = h("p", { class: "none" }, words.length ? "No chat holds these words." : "Your chats appear here. They stay in this browser.");
+    const lists = [...groups].map(([when, some]) => [
+      h("h2", {}, when),
+      h(
+        "ul",
+        {},
+        some.map(({ chat, match }) => this.#item(chat, match)),
+      ),
+    ]);
+    const none = h(
+      "p",
+      { class: "none" },
+      words.length ? "No chat holds these words." : "Your chats appear here. They stay in this browser.",
+    );
     $("#history").replaceChildren(...(found.length ? lists.flat() : [none]));
   }
 
   #item(chat, match) {
     const current = chat.id === this.current;
-    const open = h("button", { type: "button", class: "open", "aria-current": current ? "true" : null, onclick: () => this.act.open(chat.id) },
-      chat.title || "New chat", match && h("span", { class: "match" }, match));
-    const more = iconButton("more", `More about ${chat.title || "this chat"}`, () => this.#menu(chat, more), { class: "icon-button small more", "aria-haspopup": "menu", "aria-expanded": "false" });
+    const open = h(
+      "button",
+      { type: "button", class: "open", "aria-current": current ? "true" : null, onclick: () => this.act.open(chat.id) },
+      chat.title || "New chat",
+      match && h("span", { class: "match" }, match),
+    );
+    const more = iconButton("more", `More about ${chat.title || "this chat"}`, () => this.#menu(chat, more), {
+      class: "icon-button small more",
+      "aria-haspopup": "menu",
+      "aria-expanded": "false",
+    });
     return h("li", { class: `chat-item${current ? " current" : ""}` }, open, more);
   }
 
   #menu(chat, opener) {
-    const entry = (name, text, act, kind = "") => h("button", { type: "button", role: "menuitem", tabindex: -1, class: kind, onclick: () => { close(); act(); } }, icon(name, 16), text);
-    const menu = h("div", { class: "menu", role: "menu", "aria-label": "Chat" },
+    const entry = (name, text, act, kind = "") =>
+      h(
+        "button",
+        {
+          type: "button",
+          role: "menuitem",
+          tabindex: -1,
+          class: kind,
+          onclick: () => {
+            close();
+            act();
+          },
+        },
+        icon(name, 16),
+        text,
+      );
+    const menu = h(
+      "div",
+      { class: "menu", role: "menu", "aria-label": "Chat" },
       entry("edit", "Rename", () => this.#rename(chat)),
       entry("download", "Save as Markdown", () => exportMarkdown(chat)),
       entry("download", "Save as JSON", () => exportJson([chat], chat.title || "chat")),
-      entry("trash", "Delete", () => this.#remove(chat), "danger"));
+      entry("trash", "Delete", () => this.#remove(chat), "danger"),
+    );
     const close = () => {
       menu.remove();
       opener.setAttribute("aria-expanded", "false");
@@ -62,8 +102,15 @@ export class Sidebar {
     menu.addEventListener("keydown", (event) => {
       const entries = [...menu.children];
       const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
-      if (step) { event.preventDefault(); entries.at((entries.indexOf(document.activeElement) + step) % entries.length).focus(); }
-      if (event.key === "Escape" || event.key === "Tab") { event.preventDefault(); event.stopPropagation(); close(); }
+      if (step) {
+        event.preventDefault();
+        entries.at((entries.indexOf(document.activeElement) + step) % entries.length).focus();
+      }
+      if (event.key === "Escape" || event.key === "Tab") {
+        event.preventDefault();
+        event.stopPropagation();
+        close();
+      }
     });
     document.addEventListener("pointerdown", outside, true);
     document.body.append(menu);
@@ -82,7 +129,8 @@ export class Sidebar {
   }
 
   async #remove(chat) {
-    if (await confirm("Delete this chat?", `“${chat.title || "New chat"}” will be gone for good.`)) this.act.remove(chat.id);
+    if (await confirm("Delete this chat?", `“${chat.title || "New chat"}” will be gone for good.`))
+      this.act.remove(chat.id);
   }
 }
 
@@ -107,6 +155,9 @@ function age(time) {
 
 /** A title for a chat that has none: how its first question begins. */
 export function titleOf(conversation) {
-  const first = path(conversation)[0]?.text.split("\n").find((line) => line.trim()) ?? "";
+  const first =
+    path(conversation)[0]
+      ?.text.split("\n")
+      .find((line) => line.trim()) ?? "";
   return first.trim().length > 60 ? `${first.trim().slice(0, 58).trimEnd()}…` : first.trim();
 }

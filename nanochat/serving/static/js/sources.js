@@ -3,7 +3,11 @@
 import { h } from "./dom.js";
 import { records } from "./tree.js";
 
-const COMMON = new Set("the and for was are that this with from what who when where which how did does his her its has have had not but".split(" "));
+const COMMON = new Set(
+  "the and for was are that this with from what who when where which how did does his her its has have had not but".split(
+    " ",
+  ),
+);
 
 /** Shows the sources of one answer; `shown` is the one that is brought into view. */
 export class Sources {
@@ -48,17 +52,35 @@ export class Sources {
     body.append(...cited.map((source) => this.card(source)));
     if (!cited.length && !this.extra) {
       const found = records(this.node?.trace).some((step) => records(step.documents).length);
-      body.append(h("p", { class: "none" }, found ? "The answer cites none of the passages that were found."
-        : "When an answer cites documents, their passages appear here. Choose a knowledge base below the message box."));
+      body.append(
+        h(
+          "p",
+          { class: "none" },
+          found
+            ? "The answer cites none of the passages that were found."
+            : "When an answer cites documents, their passages appear here. Choose a knowledge base below the message box.",
+        ),
+      );
     }
   }
 
   /** A passage with its title and where it comes from. */
   card(source) {
-    const title = h("h4", {}, source.n !== undefined && h("span", { class: "n" }, String(source.n)), String(source.title || source.id || "untitled"));
+    const title = h(
+      "h4",
+      {},
+      source.n !== undefined && h("span", { class: "n" }, String(source.n)),
+      String(source.title || source.id || "untitled"),
+    );
     const where = [source.source, source.title && source.id].filter(Boolean).join(" · ");
     const passage = h("p", { class: "passage" }, marked(String(source.passage ?? ""), this.node?.text ?? ""));
-    return h("article", { class: `source${source === this.shown ? " shown" : ""}`, tabindex: -1 }, title, where && h("p", { class: "where" }, where), passage);
+    return h(
+      "article",
+      { class: `source${source === this.shown ? " shown" : ""}`, tabindex: -1 },
+      title,
+      where && h("p", { class: "where" }, where),
+      passage,
+    );
   }
 }
 
@@ -66,5 +88,7 @@ export class Sources {
 function marked(passage, answer) {
   const words = (text) => text.toLowerCase().match(/[\p{L}\p{N}]{3,}/gu) ?? [];
   const said = new Set(words(answer).filter((word) => !COMMON.has(word)));
-  return passage.split(/([\p{L}\p{N}]{3,})/u).map((part, i) => (i % 2 && said.has(part.toLowerCase()) ? h("mark", {}, part) : part));
+  return passage
+    .split(/([\p{L}\p{N}]{3,})/u)
+    .map((part, i) => (i % 2 && said.has(part.toLowerCase()) ? h("mark", {}, part) : part));
 }

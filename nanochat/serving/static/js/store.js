@@ -28,7 +28,7 @@ export class Store {
       this.db = null;
     }
     this.channel?.addEventListener("message", async ({ data: id }) => {
-      const now = this.db && await promised(this.#objects("readonly").get(id));
+      const now = this.db && (await promised(this.#objects("readonly").get(id)));
       if (now) this.all.set(id, now);
       else this.all.delete(id);
       changed(id);
@@ -68,7 +68,17 @@ export class Store {
 
 const KEY = "nanochat.preferences"; // theme.js reads it too
 
-const DEFAULTS = { theme: "system", sidebar: true, model: "", system: "", knowledge: "", topK: 5, mode: "", multiHop: false, sampling: {} };
+const DEFAULTS = {
+  theme: "system",
+  sidebar: true,
+  model: "",
+  system: "",
+  knowledge: "",
+  topK: 5,
+  mode: "",
+  multiHop: false,
+  sampling: {},
+};
 
 /** What the user chose; `sampling` holds only what differs from the server's defaults. */
 export const preferences = { ...DEFAULTS };

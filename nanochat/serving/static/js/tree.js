@@ -5,7 +5,9 @@
 /** What an answer brings besides its text. */
 export const BROUGHT = ["model", "finish", "usage", "timings", "citations", "grounding", "trace", "truncated", "error"];
 
-export const newId = () => crypto.randomUUID?.() ?? Array.from(crypto.getRandomValues(new Uint8Array(16)), (b) => b.toString(16).padStart(2, "0")).join("");
+export const newId = () =>
+  crypto.randomUUID?.() ??
+  Array.from(crypto.getRandomValues(new Uint8Array(16)), (b) => b.toString(16).padStart(2, "0")).join("");
 
 export function newConversation(system = "") {
   const now = Date.now();
@@ -57,8 +59,11 @@ export function turn(conversation, id, step) {
 
 /** What a file held, checked and made anew: files come from anywhere. Throws an Error that says what is wrong. */
 export function validated(value) {
-  const fail = (what) => { throw new Error(`this is no conversation of nanochat: ${what}`); };
-  if (typeof value !== "object" || !value || typeof value.nodes !== "object" || !value.nodes?.root) fail("no messages in it");
+  const fail = (what) => {
+    throw new Error(`this is no conversation of nanochat: ${what}`);
+  };
+  if (typeof value !== "object" || !value || typeof value.nodes !== "object" || !value.nodes?.root)
+    fail("no messages in it");
   const conversation = newConversation(String(value.system ?? ""));
   conversation.title = String(value.title ?? "").slice(0, 200);
   conversation.created = Number(value.created) || conversation.created;
@@ -67,17 +72,22 @@ export function validated(value) {
     if (depth > 2000) fail("it is nested too deeply");
     for (const id of Array.isArray(from.children) ? from.children : []) {
       const node = value.nodes[id];
-      if (!node || (node.role !== "user" && node.role !== "assistant") || typeof node.text !== "string") fail("a message is damaged");
+      if (!node || (node.role !== "user" && node.role !== "assistant") || typeof node.text !== "string")
+        fail("a message is damaged");
       const more = node.role === "assistant" ? Object.fromEntries(BROUGHT.map((name) => [name, node[name]])) : {};
       const made = add(conversation, parent, node.role, node.text, { ...more, time: Number(node.time) || 0 });
       copy(node, made.id, depth + 1);
     }
     const target = conversation.nodes[parent];
-    target.chosen = Math.min(Math.max(Math.trunc(Number(from.chosen)) || 0, 0), Math.max(target.children.length - 1, 0));
+    target.chosen = Math.min(
+      Math.max(Math.trunc(Number(from.chosen)) || 0, 0),
+      Math.max(target.children.length - 1, 0),
+    );
   };
   copy(value.nodes.root, "root", 0);
   return conversation;
 }
 
 /** Answers are checked when they are shown: only lists of plain records are cited. */
-export const records = (value) => (Array.isArray(value) ? value.filter((item) => item && typeof item === "object") : []);
+export const records = (value) =>
+  Array.isArray(value) ? value.filter((item) => item && typeof item === "object") : [];
