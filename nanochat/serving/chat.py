@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Annotated, Any
@@ -138,8 +139,9 @@ async def whole(service: Service, turn: Turn, tickets: Sequence[Ticket]) -> dict
     """The answer in one piece."""
     choices = [Choice(i) for i in range(turn.n)]
     try:
-        async for _, event in events(tickets):
-            choices[event.index].add(event)
+        async with aclosing(events(tickets)) as arriving:
+            async for _, event in arriving:
+                choices[event.index].add(event)
     finally:
         answers.count(service.metrics, turn.served, tickets)
     if not tickets:
@@ -171,17 +173,18 @@ async def stream(service: Service, turn: Turn, tickets: Sequence[Ticket]) -> Asy
         for i in range(turn.n):
             yield frame(piece(i, {"role": "assistant", "content": ""}))
         running = turn.n
-        async for _, event in events(tickets):
-            choice, start = choices[event.index], len(choices[event.index].ids)
-            choice.add(event)
-            if event.text or (turn.body.logprobs and event.ids):
-                yield frame(piece(event.index, {"content": event.text}, None, turn.logprobs(choice, start)))
-            if choice.finish_reason:
-                running -= 1
-                if running:
-                    yield frame(piece(event.index, {}, choice.finish_reason))
-                else:
-                    last = piece(event.index, {}, choice.finish_reason)
+        async with aclosing(events(tickets)) as arriving:
+            async for _, event in arriving:
+                choice, start = choices[event.index], len(choices[event.index].ids)
+                choice.add(event)
+                if event.text or (turn.body.logprobs and event.ids):
+                    yield frame(piece(event.index, {"content": event.text}, None, turn.logprobs(choice, start)))
+                if choice.finish_reason:
+                    running -= 1
+                    if running:
+                        yield frame(piece(event.index, {}, choice.finish_reason))
+                    else:
+                        last = piece(event.index, {}, choice.finish_reason)
         if not tickets:
             _say_nothing_found(choices)
             for choice in choices:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -58,8 +59,9 @@ async def whole(
     n = body.n or 1
     choices = [Choice(i) for i in range(n * len(tickets))]
     try:
-        async for number, event in events(tickets):
-            choices[number * n + event.index].add(event)
+        async with aclosing(events(tickets)) as arriving:
+            async for number, event in arriving:
+                choices[number * n + event.index].add(event)
     finally:
         answers.count(service.metrics, served, tickets)
     record = answers.head("cmpl", "text_completion", served)
@@ -82,15 +84,16 @@ async def stream(
     record, n = answers.head("cmpl", "text_completion", served), body.n or 1
     choices = [Choice(i) for i in range(n * len(tickets))]
     try:
-        async for number, event in events(tickets):
-            choice = choices[number * n + event.index]
-            start = len(choice.ids)
-            choice.add(event)
-            logprobs = _logprobs(served, body, choice, start)
-            if event.text or choice.finish_reason or logprobs is not None:
-                reason = choice.finish_reason or None
-                piece = {"index": choice.index, "text": event.text, "logprobs": logprobs, "finish_reason": reason}
-                yield frame({**record, "choices": [piece]})
+        async with aclosing(events(tickets)) as arriving:
+            async for number, event in arriving:
+                choice = choices[number * n + event.index]
+                start = len(choice.ids)
+                choice.add(event)
+                logprobs = _logprobs(served, body, choice, start)
+                if event.text or choice.finish_reason or logprobs is not None:
+                    reason = choice.finish_reason or None
+                    piece = {"index": choice.index, "text": event.text, "logprobs": logprobs, "finish_reason": reason}
+                    yield frame({**record, "choices": [piece]})
         if body.stream_options is not None and body.stream_options.include_usage:
             more = {"usage": answers.usage(tickets), "timings": answers.timings(tickets)}
             yield frame({**record, "choices": [], **more})

@@ -17,6 +17,7 @@ from nanochat.retrieval import KnowledgeBase
 from nanochat.retrieval.document import Document, Embedder, Hit
 from nanochat.retrieval.embed import DEFAULT, MINILM_PACKAGE, make_embedder
 from nanochat.retrieval.manifest import NAME as MANIFEST
+from nanochat.runtime import log
 from nanochat.serving.errors import ApiError
 from nanochat.serving.schema import NAME
 
@@ -70,6 +71,16 @@ class Shelf:
         if not len(base):
             raise ApiError(400, "the knowledge base holds no documents: upload some", param="retrieval.knowledge_base")
         return Knowledge(base, mode or "")
+
+    def cards(self) -> list[dict[str, Any]]:
+        """Of all; one that is damaged is left out, and the log says so."""
+        found = []
+        for name in self.names():
+            try:
+                found.append(self.card(name))
+            except (NanochatError, ApiError) as error:
+                log.warning("the knowledge base %s is left out: %s", name, error)
+        return found
 
     def card(self, name: str) -> dict[str, Any]:
         """What clients learn of one."""

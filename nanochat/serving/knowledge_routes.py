@@ -24,11 +24,7 @@ Record = dict[str, Any]
 @router.get(PATH)
 async def list_all(service: Served) -> Record:
     """All knowledge bases."""
-
-    def cards() -> list[Record]:
-        return [service.shelf.card(name) for name in service.shelf.names()]
-
-    return {"object": "list", "data": await service.run(cards)}
+    return {"object": "list", "data": await service.run(service.shelf.cards)}
 
 
 @router.post(PATH, status_code=201)

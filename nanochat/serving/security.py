@@ -200,8 +200,7 @@ class _Body:
 def _dress(headers: MutableHeaders, path: str, shared: str | None) -> None:
     for name, value in HEADERS.items():
         headers[name] = value
-    if not path.startswith(OPEN_PREFIX):
-        headers.setdefault("Cache-Control", "no-store")
+    headers.setdefault("Cache-Control", "no-cache" if path.startswith(OPEN_PREFIX) else "no-store")
     if shared:
         headers["Access-Control-Allow-Origin"] = shared
         headers["Access-Control-Allow-Methods"] = "GET, POST, DELETE"

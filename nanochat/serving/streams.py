@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
@@ -62,8 +62,8 @@ async def unless_left(request: Request, work: Coroutine[Any, Any, R]) -> R | Non
         await _end(working, leaving)
 
 
-async def events(tickets: Sequence[Ticket]) -> AsyncIterator[tuple[int, Event]]:
-    """The events of several tickets as they come, each with its ticket's number. Cancels them all at the end."""
+async def events(tickets: Sequence[Ticket]) -> AsyncGenerator[tuple[int, Event], None]:
+    """The events of several tickets as they come, each with its ticket's number. Closing it cancels them all."""
     tasks: list[asyncio.Task[None]] = []
     try:
         if len(tickets) == 1:

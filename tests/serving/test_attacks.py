@@ -374,7 +374,7 @@ def test_overload_is_told(start):
     server = start(max_rows=1, max_queue=2, max_n=1)
     with server.client() as client:
         scheduler = server.service.models["tiny-sft"].scheduler
-        long = {**ASK, "max_tokens": 200}
+        long = {**ASK, "max_tokens": 100}
         raws = [connect(server.url) for _ in range(8)]
         for raw in raws:
             text = json.dumps(long)

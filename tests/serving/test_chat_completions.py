@@ -205,7 +205,8 @@ def test_searches_can_be_cancelled_and_wait_in_line(searching, monkeypatch):
     body = {"messages": WHO, "stream": True, **retrieval(multi_hop=True)}
     searches = searching.service.searches
     with searching.client() as client, client.stream("POST", CHAT, json=body) as response:
-        assert next(response.iter_lines()).startswith("data:")
+        lines = response.iter_lines()
+        assert next(lines).startswith("data:")
         assert len(searches._running) == 1
     deadline = time.monotonic() + 10
     while searches._running and time.monotonic() < deadline:

@@ -157,8 +157,9 @@ print(len(pieces) > 3)
 """
 
 
+@pytest.mark.slow
 def test_litellm(server):
-    """In a process of its own: importing it changes much."""
+    """In a process of its own: importing it changes much, and takes long."""
     pytest.importorskip("litellm")
     environment = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "PATH": "", "HOME": "/tmp", "NO_PROXY": "*"}
     done = subprocess.run(

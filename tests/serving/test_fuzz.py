@@ -12,7 +12,12 @@ import sys
 import pytest
 
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,negative_data_rejection"
-CONFIG = '[parameters]\n"path.name" = "towns"\n'  # most random names are of nothing
+CONFIG = """
+[parameters]
+"path.name" = "towns"  # most random names are of nothing
+[checks.negative_data_rejection]
+expected-statuses = [400, 403, 404, 405, 408, 409, 413, 415, 429]
+"""
 
 
 def fuzz(server, directory, phases: str, n: int) -> int:
@@ -54,7 +59,7 @@ def tool() -> None:
 
 @pytest.mark.usefixtures("tool")
 def test_a_few_requests(start, tmp_path):
-    assert fuzz(start(), tmp_path, "fuzzing", 2) > 20
+    assert fuzz(start(), tmp_path, "fuzzing", 1) > 15
 
 
 @pytest.mark.slow

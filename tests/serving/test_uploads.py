@@ -166,6 +166,19 @@ def test_files_too_large(start):
         assert client.post(place, files={"file": ("a.txt", b"x" * 200_000)}).status_code == 413
 
 
+def test_a_damaged_knowledge_base_spoils_no_other(start, caplog):
+    server = start()
+    with server.client() as client:
+        assert client.post("/v1/knowledge_bases", json={"name": "bad", "kind": "simple"}).status_code == 201
+        for manifest in (server.root / "bad").glob("manifest*"):
+            manifest.write_text("{")
+        assert [base["id"] for base in client.get("/v1/knowledge_bases").json()["data"]] == ["towns"]
+        broken = client.get("/v1/knowledge_bases/bad")
+        assert broken.status_code == 500
+        assert str(server.root) not in broken.text
+    assert "bad" in caplog.text
+
+
 def test_reserved_names(server):
     with pytest.raises(ApiError, match="keep for themselves"):
         server.service.shelf.create("con", None)
