@@ -24,7 +24,7 @@ import torch
 from nanochat.engine import cache
 from nanochat.engine.jobs import Jobs
 from nanochat.engine.prefix import PrefixCache
-from nanochat.engine.ticket import Event, Overloaded, Request, Ticket, Timings, Usage
+from nanochat.engine.ticket import Event, Overloaded, Request, Ticket, Timings, Usage, Waiting, deliver
 from nanochat.errors import UsageError
 from nanochat.model.lm import LM
 from nanochat.runtime import log
@@ -118,14 +118,16 @@ class Scheduler:
         self.context = model.config.sequence_len
         self.prefixes = prefix_cache
         self.row_bytes, self.token_bytes = measure_states(model)
-        self._changed = threading.Condition()  # guards all below but the jobs
+        self._changed = threading.Condition()  # guards what follows
         self._queue = Queue()
         self._counts = dict.fromkeys((field.name for field in fields(Stats)), 0)
         self._seconds = 1.0  # that a request takes, smoothed
         self._closing = False  # takes no more requests
         self._stopped = False  # takes no more steps
         self._thread: threading.Thread | None = None
-        self._jobs = Jobs(model, tokenizer, prefill_chunk, prefix_cache, eos, self._ended)  # the owning thread's
+        # from here on the owning thread's
+        self._outbox: list[Waiting] = []
+        self._jobs = Jobs(model, tokenizer, prefill_chunk, prefix_cache, eos, self._ended)
 
     # ---- any thread
 
@@ -148,7 +150,7 @@ class Scheduler:
                 f"the request may need {need / 1e6:.1f} MB for its states, of {self.memory_bytes / 1e6:.1f} MB: "
                 "ask for fewer tokens or completions"
             )
-        ticket = Ticket(request, self._notify)
+        ticket = Ticket(request, self._notify, self._outbox)
         with self._changed:
             n_queued = len(self._queue)
             if self._closing or n_queued >= self.max_queue:
@@ -229,6 +231,7 @@ class Scheduler:
         self._admit()
         jobs.read()
         jobs.sample()
+        deliver(self._outbox)
         with self._changed:
             self._counts |= {
                 "steps": self._counts["steps"] + 1,
@@ -287,6 +290,7 @@ class Scheduler:
             ticket.end(reason, error)
             self._ended(ticket, reason)
         self._jobs.end_all(reason, error)
+        deliver(self._outbox)
 
 
 @torch.no_grad()

@@ -68,9 +68,13 @@ class Timings(NamedTuple):
 
 class Ticket:
     """One request on its way. One consumer iterates over its events, from a thread (`for`) or from asyncio
-    (`async for`); anyone may cancel it. The iteration ends when all completions have ended."""
+    (`async for`); anyone may cancel it. The iteration ends when all completions have ended.
 
-    def __init__(self, request: Request, wake: Callable[[], None]) -> None:
+    wake: called when it is cancelled. outbox: where `emit` leaves the consumers that wait on an event loop, for
+    `deliver`; None: they are woken at once.
+    """
+
+    def __init__(self, request: Request, wake: Callable[[], None], outbox: list[Waiting] | None = None) -> None:
         self.request = request
         self.error: BaseException | None = None  # behind the finish reason `error`
         self.cached_tokens = self.completion_tokens = 0
@@ -78,12 +82,12 @@ class Ticket:
         self.read_at: float | None = None
         self.first_at: float | None = None
         self.ended_at: float | None = None
-        self._wake = wake
+        self._wake, self._outbox = wake, outbox
         self._running = set(range(request.n))
         self._cancelled = False
         self._events: deque[Event] = deque()
         self._changed = threading.Condition()
-        self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
+        self._waiter: Waiting | None = None
 
     # ---- the consumer's side
 
@@ -129,7 +133,7 @@ class Ticket:
                     raise StopAsyncIteration
                 loop = asyncio.get_running_loop()
                 future = loop.create_future()
-                self._waiter = (loop, future)
+                self._waiter = Waiting(self, loop, future)
             await future
 
     # ---- the scheduler's side
@@ -154,12 +158,10 @@ class Ticket:
             self._events.append(event)
             waiter, self._waiter = self._waiter, None
             self._changed.notify_all()
-        if waiter is not None:
-            loop, future = waiter
-            try:
-                loop.call_soon_threadsafe(_resolve, future)
-            except RuntimeError:  # the loop is closed: nobody listens any more
-                self._cancelled = True
+        if waiter is not None and self._outbox is not None:
+            self._outbox.append(waiter)
+        elif waiter is not None:
+            deliver([waiter])
 
     def end(self, reason: str, error: BaseException | None = None) -> None:
         """End every completion that still runs."""
@@ -168,6 +170,31 @@ class Ticket:
             self.emit(Event(index, "", [], [], reason, []))
 
 
-def _resolve(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
+class Waiting(NamedTuple):
+    """A consumer on an event loop, without an event."""
+
+    ticket: Ticket
+    loop: asyncio.AbstractEventLoop
+    future: asyncio.Future[None]
+
+
+def deliver(outbox: list[Waiting]) -> None:
+    """Wake these consumers and empty the list. Each loop is woken once: a thread for each event would go back and forth
+    with the one that runs the model."""
+    futures: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
+    for _, loop, future in outbox:
+        futures.setdefault(loop, []).append(future)
+    for loop, some in futures.items():
+        try:
+            loop.call_soon_threadsafe(_resolve, some)
+        except RuntimeError:  # the loop is closed: nobody listens any more
+            for waiting in outbox:
+                if waiting.loop is loop:
+                    waiting.ticket.cancel()
+    outbox.clear()
+
+
+def _resolve(futures: list[asyncio.Future[None]]) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_result(None)
