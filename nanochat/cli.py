@@ -19,11 +19,15 @@ from nanochat.errors import NanochatError, UsageError
 COMMANDS: dict[str, tuple[str, str]] = {
     "quickstart": ("nanochat.pipeline:quickstart", "all in a row: tokenizer, base, mid, SFT, evaluation, report"),
     "chat_cli": ("nanochat.terminal:chat_cli", "talk to a model in the terminal (-p PROMPT for one answer)"),
+    "chat_web": ("nanochat.serving.server:chat_web", "the chat page and an OpenAI-compatible API"),
     "tok_train": ("nanochat.training.commands:tok_train", "train a tokenizer"),
     "base_train": ("nanochat.training.commands:base_train", "pretrain on raw text"),
     "mid_train": ("nanochat.training.commands:mid_train", "go on with text and conversations mixed"),
     "chat_sft": ("nanochat.training.commands:chat_sft", "fine-tune on conversations"),
     "rag_finetune": ("nanochat.training.rag:rag_finetune", "fine-tune on documents in the prompt: cite, or abstain"),
+    "chat_rl": ("nanochat.training.rl_commands:chat_rl", "reinforcement learning on tasks that can be checked"),
+    "refrag_finetune": ("nanochat.training.refrag:refrag_finetune", "learn to search hop by hop: traces, then rewards"),
+    "refrag_trace": ("nanochat.training.refrag_trace:refrag_trace", "show what a model searched, read and answered"),
     "base_eval": ("nanochat.evaluation.commands:base_eval", "evaluate a model on raw text"),
     "chat_eval": ("nanochat.evaluation.commands:chat_eval", "evaluate a model on chat tasks"),
     "rag_eval": ("nanochat.evaluation.rag_commands:rag_eval", "evaluate answers from documents: right, cited, made up"),
@@ -32,10 +36,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("nanochat.report:main", "write the HTML report of a run"),
     "download": ("nanochat.data.download:main", "fetch public pretraining text"),
     "export_tokenizer": ("nanochat.export:export_tokenizer", "write a run's tokenizer as Hugging Face tokenizer.json"),
+    "export_model": ("nanochat.export:export_model", "write a Mamba model as transformers or mamba_ssm read it"),
+    "import_model": ("nanochat.export:import_model", "take over a public Mamba checkpoint as the base of a run"),
     "doctor": ("nanochat.doctor:main", "show this machine, the device and dtype that would be used, and why"),
 }
 
-RESUMABLE = ("quickstart", "base_train", "mid_train", "chat_sft", "rag_finetune", "download")
+RESUMABLE = ("quickstart", "base_train", "mid_train", "chat_sft", "rag_finetune", "chat_rl", "refrag_finetune", "download")
 
 
 def main(argv: list[str] | None = None) -> None:
