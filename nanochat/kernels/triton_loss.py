@@ -27,8 +27,10 @@ def _squash(x, scale, CAPPED: tl.constexpr):
     """sigmoid(2 x / softcap) and the capped logit up to a constant that the softmax ignores (see `loss.py`)."""
     if CAPPED:
         s = sigmoid(x * (2.0 / scale))
-        return s, 2.0 * scale * s
-    return x, x
+        z = 2.0 * scale * s
+    else:
+        s, z = x, x
+    return s, z
 
 
 @triton.jit
@@ -47,7 +49,7 @@ def _rows_kernel(
     base, v = logits + row * n_vocab, tl.arange(0, V)
     target = tl.load(targets + row)
     weight = tl.where(target >= 0, tl.load(weights + row), 0.0)
-    _, wanted = _squash(tl.load(base + tl.maximum(target, 0)).to(tl.float32), softcap, CAPPED)
+    _wanted, wanted = _squash(tl.load(base + tl.maximum(target, 0)).to(tl.float32), softcap, CAPPED)
     tl.debug_barrier()  # nobody overwrites the target's logit before all have read it
     if WHOLE:
         s_V, z_V = _squash(tl.load(base + v, mask=v < n_vocab, other=0.0).to(tl.float32), softcap, CAPPED)
@@ -64,7 +66,7 @@ def _rows_kernel(
         for start in range(0, n_vocab, V):
             inside_V = v < n_vocab - start
             x_V = tl.load(base + start + v, mask=inside_V, other=0.0).to(tl.float32)
-            _, z_V = _squash(x_V, softcap, CAPPED)
+            _s_V, z_V = _squash(x_V, softcap, CAPPED)
             z_V = tl.where(inside_V, z_V, -float("inf"))
             new_V = tl.maximum(top_V, z_V)  # finite from the first block on, which is whole
             total_V = total_V * tl.exp(top_V - new_V) + tl.exp(z_V - new_V)

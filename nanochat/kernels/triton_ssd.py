@@ -1,12 +1,12 @@
 # mypy: disable-error-code="no-untyped-def"
-"""SSD in Triton: the chunked form of Mamba-2's scan (arXiv 2405.21060, section 6) in two kernels forward, three back.
+"""SSD in Triton: the chunked form of Mamba-2's scan (arXiv 2405.21060, section 6) in two kernels forward, four back.
 
     states    one program a head walks over the chunks; the state stays in float32 registers, and what enters each
               chunk is written down
     scan      one program a chunk and a few heads of a group: what the chunk's own steps give, and what enters it
     backward  the states again (nothing of them is kept from the forward pass), their gradients from the last chunk to
-              the first, then all gradients of a chunk; those of B and C are summed over the heads of a program in
-              registers and over programs in a fixed order: two runs give the same bits
+              the first, then those of x and dt and, apart for want of registers, those of B and C: summed over the
+              heads of a program in registers and over programs in a fixed order, so two runs give the same bits
 
 Products take the activations' dtype and sum in float32; steps, decays and states are float32. Decays are exponentials
 of differences of sums over a chunk, masked before the exponential. A single step's exponent stops at LOWEST, where its
@@ -35,21 +35,49 @@ INTERPRETED = tl.constexpr(INTERPRET)
 
 
 @triton.jit
-def _steps(dt, A, b, h, z, n_time, n_head, Q: tl.constexpr):
-    """The chunk's steps (Q,), the cumulative log2 of its decays (Q,), and their sum; no step behind the row's end."""
-    t = z * Q + tl.arange(0, Q)
-    dt_Q = tl.load(dt + (b * n_time + t) * n_head + h, mask=t < n_time, other=0.0)
-    log_Q = tl.maximum(dt_Q * (tl.load(A + h) * LOG2E), LOWEST)
-    return dt_Q, tl.cumsum(log_Q, 0), tl.sum(log_Q, 0)
+def _documents(document, b, z, n_time, Q: tl.constexpr, PACKED: tl.constexpr):
+    """The document of each step (Q,), of the chunk's last step, and of the step before the chunk (0: the row's)."""
+    if PACKED:
+        row = document + b * n_time
+        doc_Q = tl.load(row + tl.minimum(z * Q + tl.arange(0, Q), n_time - 1))
+        last = tl.load(row + tl.minimum(z * Q + Q - 1, n_time - 1))
+        before = tl.load(row + z * Q - 1, mask=z > 0, other=0)
+    else:
+        doc_Q, last, before = tl.zeros((Q,), tl.int32), 0, 0
+    return doc_Q, last, before
 
 
 @triton.jit
-def _documents(document, b, z, n_time, Q: tl.constexpr):
-    """The document of each step (Q,), of the chunk's last step, and of the step before the chunk (0: the row's)."""
-    row = document + b * n_time
-    doc_Q = tl.load(row + tl.minimum(z * Q + tl.arange(0, Q), n_time - 1))
-    last = tl.load(row + tl.minimum(z * Q + Q - 1, n_time - 1))
-    return doc_Q, last, tl.load(row + z * Q - 1, mask=z > 0, other=0)
+def _decays(dt, A, doc_Q, last, before, b, h, z, n_time, n_head, Q: tl.constexpr, PACKED: tl.constexpr):
+    """Of one head: the chunk's steps and the cumulative log2 of its decays (Q,); what is left of the entering state
+    at each step, of each step at the chunk's end (Q,), and of the entering state there. No step behind the row's end.
+    """
+    t = z * Q + tl.arange(0, Q)
+    dt_Q = tl.load(dt + (b * n_time + t) * n_head + h, mask=t < n_time, other=0.0)
+    log_Q = tl.maximum(dt_Q * (tl.load(A + h) * LOG2E), LOWEST)
+    cum_Q, total = tl.cumsum(log_Q, 0), tl.sum(log_Q, 0)
+    from_start_Q, to_end_Q, whole = tl.exp2(cum_Q), tl.exp2(total - cum_Q), tl.exp2(total)
+    if PACKED:
+        from_start_Q = tl.where(doc_Q == before, from_start_Q, 0.0)
+        to_end_Q = tl.where(doc_Q == last, to_end_Q, 0.0)
+        whole = tl.where(last == before, whole, 0.0)
+    return dt_Q, cum_Q, from_start_Q, to_end_Q, whole
+
+
+@triton.jit
+def _seen(doc_Q, Q: tl.constexpr, PACKED: tl.constexpr):
+    """Which steps of a chunk (columns) a step (row) sees."""
+    q = tl.arange(0, Q)
+    seen_QQ = q[:, None] >= q[None, :]
+    if PACKED:
+        seen_QQ = seen_QQ & (doc_Q[:, None] == doc_Q[None, :])
+    return seen_QQ
+
+
+@triton.jit
+def _pairs(cum_Q, seen_QQ):
+    """What is left of each step (column) at each that sees it (row)."""
+    return tl.exp2(tl.where(seen_QQ, cum_Q[:, None] - cum_Q[None, :], -float("inf")))
 
 
 @triton.jit
@@ -81,16 +109,14 @@ def _states_kernel(
     state = tl.load(first + (b * n_head + h) * P * N + cell, mask=inside, other=0.0)
     for z in range(n_chunk):
         tl.store(entering + ((b * n_chunk + z) * n_head + h) * P * N + cell, state, mask=inside)
-        dt_Q, cum_Q, total = _steps(dt, A, b, h, z, n_time, n_head, Q)
-        weight_Q, whole = dt_Q * tl.exp2(total - cum_Q), tl.exp2(total)
-        if PACKED:
-            doc_Q, doc_last, doc_before = _documents(document, b, z, n_time, Q)
-            weight_Q = tl.where(doc_Q == doc_last, weight_Q, 0.0)
-            whole = tl.where(doc_last == doc_before, whole, 0.0)
+        doc_Q, doc_last, doc_before = _documents(document, b, z, n_time, Q, PACKED)
+        dt_Q, _cum_Q, _from_start_Q, to_end_Q, whole = _decays(
+            dt, A, doc_Q, doc_last, doc_before, b, h, z, n_time, n_head, Q, PACKED
+        )
         t = z * Q + tl.arange(0, Q)
         x_QP = _tile(x + b * x_row + h * P, t, p, n_time, P, x_step)
         B_QN = _tile(B + b * B_row + h // n_rep * N, t, n, n_time, N, B_step)
-        weighted_QN = (B_QN * weight_Q[:, None]).to(x_QP.dtype)
+        weighted_QN = (B_QN * (dt_Q * to_end_Q)[:, None]).to(x_QP.dtype)
         state = state * whole + _dot(tl.trans(x_QP), weighted_QN, PRECISION)
     tl.store(last + (b * n_head + h) * P * N + cell, state, mask=inside)
 
@@ -110,21 +136,17 @@ def _scan_kernel(
     B_QN = _tile(B + b * B_row + share // n_share * N, t, n, n_time, N, B_step)
     C_QN = _tile(C + b * C_row + share // n_share * N, t, n, n_time, N, C_step)
     scores_QQ = _dot(C_QN, tl.trans(B_QN), PRECISION)
-    seen_QQ = t[:, None] >= t[None, :]
-    if PACKED:
-        doc_Q, _, doc_before = _documents(document, b, z, n_time, Q)
-        seen_QQ = seen_QQ & (doc_Q[:, None] == doc_Q[None, :])
+    doc_Q, doc_last, doc_before = _documents(document, b, z, n_time, Q, PACKED)
+    seen_QQ = _seen(doc_Q, Q, PACKED)
     for i in range(HEADS):
         h = share * HEADS + i
-        dt_Q, cum_Q, _ = _steps(dt, A, b, h, z, n_time, n_head, Q)
-        from_start_Q = tl.exp2(cum_Q)
-        if PACKED:
-            from_start_Q = tl.where(doc_Q == doc_before, from_start_Q, 0.0)
-        gap_QQ = tl.where(seen_QQ, cum_Q[:, None] - cum_Q[None, :], -float("inf"))
+        dt_Q, cum_Q, from_start_Q, _to_end_Q, _whole = _decays(
+            dt, A, doc_Q, doc_last, doc_before, b, h, z, n_time, n_head, Q, PACKED
+        )
         x_QP = _tile(x + b * x_row + h * P, t, p, n_time, P, x_step)
         state_PN = _tile(entering + ((b * n_chunk + z) * n_head + h) * P * N, p, n, P, N, N).to(x_QP.dtype)
         y_QP = _dot(C_QN, tl.trans(state_PN), PRECISION) * from_start_Q[:, None]
-        weights_QQ = (tl.exp2(gap_QQ) * scores_QQ * dt_Q[None, :]).to(x_QP.dtype)
+        weights_QQ = (_pairs(cum_Q, seen_QQ) * scores_QQ * dt_Q[None, :]).to(x_QP.dtype)
         y_QP += _dot(weights_QQ, x_QP, PRECISION)
         y_QP += tl.load(D + h) * x_QP
         place = (b * n_time + t[:, None]) * n_head * P + h * P + p[None, :]
@@ -146,12 +168,10 @@ def _state_gradients_kernel(
     for back in range(n_chunk):
         z = n_chunk - 1 - back
         tl.store(dleaving + ((b * n_chunk + z) * n_head + h) * P * N + cell, dstate, mask=inside)
-        _, cum_Q, total = _steps(dt, A, b, h, z, n_time, n_head, Q)
-        from_start_Q, whole = tl.exp2(cum_Q), tl.exp2(total)
-        if PACKED:
-            doc_Q, doc_last, doc_before = _documents(document, b, z, n_time, Q)
-            from_start_Q = tl.where(doc_Q == doc_before, from_start_Q, 0.0)
-            whole = tl.where(doc_last == doc_before, whole, 0.0)
+        doc_Q, doc_last, doc_before = _documents(document, b, z, n_time, Q, PACKED)
+        _dt_Q, _cum_Q, from_start_Q, _to_end_Q, whole = _decays(
+            dt, A, doc_Q, doc_last, doc_before, b, h, z, n_time, n_head, Q, PACKED
+        )
         t = z * Q + tl.arange(0, Q)
         dy_QP = _tile(dy + b * dy_row + h * P, t, p, n_time, P, dy_step)
         C_QN = _tile(C + b * C_row + h // n_rep * N, t, n, n_time, N, C_step)
@@ -161,64 +181,47 @@ def _state_gradients_kernel(
 
 
 @triton.jit
-def _gradients_kernel(
-    x, dt, A, B, C, D, document, entering, dleaving, dy, dx, ddt, dA, dB, dC, dD,
-    n_batch, n_time, n_chunk, n_head, n_group, n_share,
-    x_row, x_step, B_row, B_step, C_row, C_step, dy_row, dy_step,
+def _inputs_gradients_kernel(
+    x, dt, A, B, C, D, document, entering, dleaving, dy, dx, ddt, dA, dD,
+    n_time, n_chunk, n_head, n_group, n_share, x_row, x_step, B_row, B_step, C_row, C_step, dy_row, dy_step,
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, HEADS: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of one chunk and HEADS heads; those of A and D by chunk, those of B and C by share of a group."""
+    """Gradients of x and dt for one chunk and HEADS heads, and the chunk's part of those of A and D."""
     z, b = tl.program_id(0), (tl.program_id(1) // (n_group * n_share)).to(tl.int64)
     share = tl.program_id(1) % (n_group * n_share)
-    group = share // n_share
     t, p, n = z * Q + tl.arange(0, Q), tl.arange(0, BP), tl.arange(0, BN)
-    B_QN = _tile(B + b * B_row + group * N, t, n, n_time, N, B_step)
-    C_QN = _tile(C + b * C_row + group * N, t, n, n_time, N, C_step)
+    B_QN = _tile(B + b * B_row + share // n_share * N, t, n, n_time, N, B_step)
+    C_QN = _tile(C + b * C_row + share // n_share * N, t, n, n_time, N, C_step)
     scores_QQ = _dot(C_QN, tl.trans(B_QN), PRECISION)
-    seen_QQ = t[:, None] >= t[None, :]
-    if PACKED:
-        doc_Q, doc_last, doc_before = _documents(document, b, z, n_time, Q)
-        seen_QQ = seen_QQ & (doc_Q[:, None] == doc_Q[None, :])
-    dscores_QQ = tl.zeros((Q, Q), tl.float32)
-    dB_QN, dC_QN = tl.zeros((Q, BN), tl.float32), tl.zeros((Q, BN), tl.float32)
+    doc_Q, doc_last, doc_before = _documents(document, b, z, n_time, Q, PACKED)
+    seen_QQ = _seen(doc_Q, Q, PACKED)
     for i in range(HEADS):
         h = share * HEADS + i
-        dt_Q, cum_Q, total = _steps(dt, A, b, h, z, n_time, n_head, Q)
-        from_start_Q, to_end_Q, whole = tl.exp2(cum_Q), tl.exp2(total - cum_Q), tl.exp2(total)
-        if PACKED:
-            from_start_Q = tl.where(doc_Q == doc_before, from_start_Q, 0.0)
-            to_end_Q = tl.where(doc_Q == doc_last, to_end_Q, 0.0)
-            whole = tl.where(doc_last == doc_before, whole, 0.0)
-        pair_QQ = tl.exp2(tl.where(seen_QQ, cum_Q[:, None] - cum_Q[None, :], -float("inf")))
+        dt_Q, cum_Q, from_start_Q, to_end_Q, whole = _decays(
+            dt, A, doc_Q, doc_last, doc_before, b, h, z, n_time, n_head, Q, PACKED
+        )
         x_QP = _tile(x + b * x_row + h * P, t, p, n_time, P, x_step)
         dy_QP = _tile(dy + b * dy_row + h * P, t, p, n_time, P, dy_step)
-        xdt_QP = x_QP * dt_Q[:, None]
         # inside the chunk
-        dweights_QQ = _dot(dy_QP, tl.trans(xdt_QP.to(x_QP.dtype)), PRECISION) * pair_QQ
-        dscores_QQ += dweights_QQ
-        weights_QQ = (pair_QQ * scores_QQ).to(x_QP.dtype)
-        dxdt_QP = _dot(tl.trans(weights_QQ), dy_QP, PRECISION)
+        weights_QQ = _pairs(cum_Q, seen_QQ) * scores_QQ
+        dxdt_QP = _dot(tl.trans(weights_QQ.to(x_QP.dtype)), dy_QP, PRECISION)
         # the exponent of a weight is the sum over the steps between; none on the diagonal, where it would only cancel
-        flow_QQ = tl.where(t[:, None] > t[None, :], dweights_QQ * scores_QQ, 0.0)
+        flow_QQ = _dot(dy_QP, tl.trans((x_QP * dt_Q[:, None]).to(x_QP.dtype)), PRECISION) * weights_QQ
+        flow_QQ = tl.where(t[:, None] > t[None, :], flow_QQ, 0.0)
         dcum_Q = tl.sum(flow_QQ, 1) - tl.sum(flow_QQ, 0)
-        # through the state that enters
+        # through the states that enter and leave
         base = ((b * n_chunk + z) * n_head + h) * P * N
-        state_PN = _tile(entering + base, p, n, P, N, N)
-        read_QN = _dot((dy_QP * from_start_Q[:, None]).to(x_QP.dtype), state_PN.to(x_QP.dtype), PRECISION)
-        dC_QN += read_QN
-        dcum_Q += tl.sum(read_QN * C_QN, 1)
-        # through the state that leaves
-        dstate_PN = _tile(dleaving + base, p, n, P, N, N)
+        state_PN, dstate_PN = _tile(entering + base, p, n, P, N, N), _tile(dleaving + base, p, n, P, N, N)
+        kept = tl.sum(tl.sum(state_PN.to(tl.float32) * dstate_PN.to(tl.float32), 1), 0) * whole
+        read_QP = _dot(C_QN, tl.trans(state_PN.to(x_QP.dtype)), PRECISION)
+        dcum_Q += tl.sum(read_QP * dy_QP, 1) * from_start_Q
         written_QP = _dot(B_QN, tl.trans(dstate_PN.to(x_QP.dtype)), PRECISION) * to_end_Q[:, None]
         dxdt_QP += written_QP
-        dend_Q = tl.sum(written_QP * xdt_QP, 1)
-        dB_QN += _dot((xdt_QP * to_end_Q[:, None]).to(x_QP.dtype), dstate_PN.to(x_QP.dtype), PRECISION)
-        kept = tl.sum(tl.sum(state_PN.to(tl.float32) * dstate_PN.to(tl.float32), 1), 0) * whole
+        dend_Q = tl.sum(written_QP * x_QP, 1) * dt_Q
         dlog_Q = tl.cumsum(dcum_Q, 0, reverse=True) + (tl.cumsum(dend_Q, 0) - dend_Q) + kept
-        # outputs of this head; where a decay is zero so is its gradient, which the sums above only have to rounding
-        at, valid = (b * n_time + t) * n_head + h, t < n_time
-        A_h = tl.load(A + h)
+        # outputs; where a decay is zero so is its gradient, which the sums above only have to rounding
+        at, valid, A_h = (b * n_time + t) * n_head + h, t < n_time, tl.load(A + h)
         dlog_Q = tl.where(dt_Q * A_h * LOG2E > LOWEST, dlog_Q, 0.0)
         tl.store(ddt + at, dlog_Q * A_h + tl.sum(dxdt_QP * x_QP, 1), mask=valid)
         dx_QP = dxdt_QP * dt_Q[:, None] + tl.load(D + h) * dy_QP
@@ -226,6 +229,40 @@ def _gradients_kernel(
         part = (b * n_chunk + z) * n_head + h
         tl.store(dA + part, tl.sum(dlog_Q * dt_Q, 0))
         tl.store(dD + part, tl.sum(tl.sum(dy_QP.to(tl.float32) * x_QP, 1), 0))
+
+
+@triton.jit
+def _maps_gradients_kernel(
+    x, dt, A, B, C, document, entering, dleaving, dy, dB, dC,
+    n_batch, n_time, n_chunk, n_head, n_group, n_share, x_row, x_step, B_row, B_step, C_row, C_step, dy_row, dy_step,
+    P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, HEADS: tl.constexpr,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of B and C for one chunk, of the HEADS heads that are this program's share of a group."""
+    z, b = tl.program_id(0), (tl.program_id(1) // (n_group * n_share)).to(tl.int64)
+    share = tl.program_id(1) % (n_group * n_share)
+    group = share // n_share
+    t, p, n = z * Q + tl.arange(0, Q), tl.arange(0, BP), tl.arange(0, BN)
+    doc_Q, doc_last, doc_before = _documents(document, b, z, n_time, Q, PACKED)
+    seen_QQ = _seen(doc_Q, Q, PACKED)
+    dscores_QQ = tl.zeros((Q, Q), tl.float32)
+    dB_QN, dC_QN = tl.zeros((Q, BN), tl.float32), tl.zeros((Q, BN), tl.float32)
+    for i in range(HEADS):
+        h = share * HEADS + i
+        dt_Q, cum_Q, from_start_Q, to_end_Q, _whole = _decays(
+            dt, A, doc_Q, doc_last, doc_before, b, h, z, n_time, n_head, Q, PACKED
+        )
+        x_QP = _tile(x + b * x_row + h * P, t, p, n_time, P, x_step)
+        dy_QP = _tile(dy + b * dy_row + h * P, t, p, n_time, P, dy_step)
+        xdt_QP = x_QP * dt_Q[:, None]
+        dscores_QQ += _dot(dy_QP, tl.trans(xdt_QP.to(x_QP.dtype)), PRECISION) * _pairs(cum_Q, seen_QQ)
+        base = ((b * n_chunk + z) * n_head + h) * P * N
+        state_PN = _tile(entering + base, p, n, P, N, N).to(x_QP.dtype)
+        dC_QN += _dot((dy_QP * from_start_Q[:, None]).to(x_QP.dtype), state_PN, PRECISION)
+        dstate_PN = _tile(dleaving + base, p, n, P, N, N).to(x_QP.dtype)
+        dB_QN += _dot((xdt_QP * to_end_Q[:, None]).to(x_QP.dtype), dstate_PN, PRECISION)
+    B_QN = _tile(B + b * B_row + group * N, t, n, n_time, N, B_step)
+    C_QN = _tile(C + b * C_row + group * N, t, n, n_time, N, C_step)
     dC_QN += _dot(dscores_QQ.to(B_QN.dtype), B_QN, PRECISION)
     dB_QN += _dot(tl.trans(dscores_QQ.to(B_QN.dtype)), C_QN, PRECISION)
     row = (share % n_share * n_batch + b) * n_time + t
@@ -266,6 +303,11 @@ class _Sizes:
         return BP, BN
 
 
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    """How far apart rows and steps lie, of each."""
+    return tuple(stride for x in tensors for stride in x.stride()[:2])
+
+
 def _entering(
     size: _Sizes, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, first: Tensor, document: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -275,7 +317,7 @@ def _entering(
     grid = (size.B * size.H, -(-size.P // BP), -(-size.N // BN))
     launch(
         _states_kernel, grid, x, dt, A, B, document, first, entering, last, *size.counts, size.H // size.G,
-        *x.stride()[:2], *B.stride()[:2], BP=BP, BN=BN, num_warps=4, num_stages=3, **size.options(document),
+        *_strides(x, B), BP=BP, BN=BN, num_warps=4, num_stages=3, **size.options(document),
     )  # fmt: skip
     return entering, last
 
@@ -292,7 +334,7 @@ def _ssd(
     grid = (size.Z, size.B * size.G * size.share, -(-size.P // BP))
     launch(
         _scan_kernel, grid, x, dt, A, B, C, D, document, entering, y, *size.counts, size.G, size.share,
-        *x.stride()[:2], *B.stride()[:2], *C.stride()[:2], BP=BP, BN=size.BN, HEADS=size.heads,
+        *_strides(x, B, C), BP=BP, BN=size.BN, HEADS=size.heads,
         num_warps=size.warps, num_stages=2, **size.options(document),
     )  # fmt: skip
     return y, last
@@ -308,21 +350,24 @@ def _ssd_backward(
     entering, _ = _entering(size, x, dt, A, B, first, document)
     dleaving, dfirst = torch.empty_like(entering), torch.empty_like(first)
     BP, BN = size.state_blocks()
-    strides = (*dy.stride()[:2], *C.stride()[:2])
     launch(
         _state_gradients_kernel, (size.B * size.H, -(-size.P // BP), -(-size.N // BN)), dy, dt, A, C, document, dlast,
-        dleaving, dfirst, *size.counts, size.H // size.G, *strides, BP=BP, BN=BN, num_warps=4, num_stages=3,
+        dleaving, dfirst, *size.counts, size.H // size.G, *_strides(dy, C), BP=BP, BN=BN, num_warps=4, num_stages=3,
         **size.options(document),
     )  # fmt: skip
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     ddt = torch.empty_like(dt)
     dA, dD = (dt.new_empty(size.B * size.Z, size.H) for _ in range(2))
     dB, dC = (dt.new_empty(size.share, *B.shape) for _ in range(2))
+    grid, strides = (size.Z, size.B * size.G * size.share), (*_strides(x, B, C), *dy.stride()[:2])
+    options: dict[str, Any] = {"BP": size.BP, "BN": size.BN, "HEADS": size.heads, "num_warps": size.warps}
     launch(
-        _gradients_kernel, (size.Z, size.B * size.G * size.share), x, dt, A, B, C, D, document, entering, dleaving, dy,
-        dx, ddt, dA, dB, dC, dD, size.B, *size.counts, size.G, size.share, *x.stride()[:2], *B.stride()[:2],
-        *C.stride()[:2], *dy.stride()[:2], BP=size.BP, BN=size.BN, HEADS=size.heads, num_warps=size.warps,
-        num_stages=1, **size.options(document),
+        _inputs_gradients_kernel, grid, x, dt, A, B, C, D, document, entering, dleaving, dy, dx, ddt, dA, dD,
+        *size.counts, size.G, size.share, *strides, num_stages=1, **options, **size.options(document),
+    )  # fmt: skip
+    launch(
+        _maps_gradients_kernel, grid, x, dt, A, B, C, document, entering, dleaving, dy, dB, dC, size.B, *size.counts,
+        size.G, size.share, *strides, num_stages=1, **options, **size.options(document),
     )  # fmt: skip
     return dx, ddt, dA.sum(0), dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype), dD.sum(0), dfirst
 
