@@ -240,3 +240,17 @@ def test_too_long_a_text_is_refused():
     assert render("a" * MAX_TEXT)
     with pytest.raises(UsageError, match="200,001 characters"):
         render("a" * (MAX_TEXT + 1))
+
+
+def test_the_page_asks_for_many_texts_at_once(client):
+    """The route behind the page."""
+
+    def ask(items):
+        return client.post("/ui/markdown", json={"items": items})
+
+    answer = ask([{"text": "*a* [1]", "citations": [1]}, {"text": "<b>"}])
+    assert answer.json() == {"html": [render("*a* [1]", [1]), "<p>&lt;b&gt;</p>\n"]}
+    assert ask([{"text": "x"}] * 101).status_code == 400
+    assert ask([{"text": "x" * (MAX_TEXT + 1)}]).status_code == 400
+    assert ask([{"text": "x", "citations": [{"n": 1}]}]).status_code == 400
+    assert ask([]).json() == {"html": []}
