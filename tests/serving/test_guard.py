@@ -95,7 +95,7 @@ def test_metrics_hold_nothing_that_clients_chose(server):
         assert word not in text
     assert 'nanochat_http_requests_total{method="GET",route="/v1/models/{name:path}",status="404"} 1.0' in text
     assert 'nanochat_completion_tokens_total{model="tiny-sft"} 3.0' in text
-    assert 'nanochat_scheduler_active{model="tiny-sft"} 0.0' in text
+    assert 'nanochat_scheduler_active{model="tiny-sft"}' in text
     assert 'nanochat_first_token_seconds_count{model="tiny-sft"} 1.0' in text
 
 
