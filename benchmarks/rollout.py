@@ -108,7 +108,8 @@ def main() -> None:
         rows = [row("all at once", len(plans), batched, found), row("row by row", len(some), alone, found)]
         ratios = {"batched_over_row_by_row": alone * scale / batched, "retrieval_share": searching / batched}
         if args.hf:
-            seconds = min(measure_generate(args, tokenizer, tool, some, size) for size in (32, len(some)))
+            sizes = {min(size, len(some)) for size in (32, 64)}
+            seconds = min(measure_generate(args, tokenizer, tool, some, size) for size in sizes)
             rows.append(row("Hugging Face generate", len(some), seconds, found))
             ratios["batched_over_generate"] = seconds * scale / batched
     report("rollout", rows, ratios)

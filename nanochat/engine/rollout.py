@@ -205,7 +205,7 @@ class _Runner:
             if n_admitted:
                 groups = [waiting.popleft() for _ in range(n_admitted)]
                 batch.admit([row for group in groups for row in group], [Prompt(g[0].prompt) for g in groups], n, None)
-            if self.paused and 2 * len(self.paused) >= len(batch.rows):  # the more calls at once, the cheaper each
+            if self.paused and 4 * len(self.paused) >= len(batch.rows):  # calls are cheaper together, full batches too
                 yield self.resume()
             if batch.rows:
                 yield self.advance()

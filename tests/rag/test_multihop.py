@@ -121,6 +121,20 @@ def test_hooks_are_told_where_the_answer_stands():
     assert [(a.question, len(a.hops)) for a in seen] == [("Q1", 0), ("Q1", 1)]
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "text", "text": "x", "documents": []},
+        {"type": "result", "text": "", "documents": "x"},
+        {"type": "result", "text": "", "documents": [{"type": "text", "text": "x"}]},
+        {"type": "result", "text": "", "documents": [{"type": "document", "title": 3, "text": "x"}]},
+    ],
+)
+def test_only_results_hold_documents(part):
+    with pytest.raises(UsageError, match="part 0"):
+        TOKENIZER.render_parts([part])
+
+
 def test_wrong_arguments_are_refused():
     with pytest.raises(UsageError, match="top_k 0"):
         SearchTool(TOKENIZER, Shelf(), 0)
