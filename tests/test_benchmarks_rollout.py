@@ -9,7 +9,6 @@ from nanochat.rag.multihop_tasks import MemorySearcher
 from nanochat.rag.tasks import as_document
 from nanochat.tokenizer import Tokenizer
 
-
 TOKENIZER = Tokenizer([bytes([i]) for i in range(256)])
 ARGUMENTS = argparse.Namespace(vocab_size=TOKENIZER.vocab_size, depth=1, width=64, pattern="transformer")
 
