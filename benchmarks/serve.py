@@ -189,9 +189,9 @@ def measure_engine(
 
 
 def make_scheduler(model: LM, tokenizer: Tokenizer, args: argparse.Namespace) -> Scheduler:
-    """That never ends an answer early."""
+    """That never ends an answer early, with a prefix cache that is full soon."""
     return Scheduler(
-        model, tokenizer, max_rows=max([64, *args.streams]), max_queue=1024, prefix_cache=PrefixCache(64 << 20), eos=()
+        model, tokenizer, max_rows=max([64, *args.streams]), max_queue=1024, prefix_cache=PrefixCache(16 << 20), eos=()
     )
 
 
