@@ -243,7 +243,7 @@ class Batch(Generic[AnyRow]):
 
 
 def n_fresh(n_waiting: int, n_rows: int, n: int, max_rows: int) -> int:
-    """How many prompts of `n` rows each to admit now. Not one by one: joining copies the states of all rows."""
+    """How many prompts of `n` rows each to admit now. Not one by one: several are read in one pass."""
     if n_rows == 0:
         return min(n_waiting, max(1, max_rows // n))
     n_free = (max_rows - n_rows) // n
