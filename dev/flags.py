@@ -34,6 +34,7 @@ TABLES = [  # heading, class
     ("chat_eval also", "nanochat.evaluation.commands:ChatEvalSettings"),
     ("rag_eval also", "nanochat.evaluation.rag_commands:RagEvalSettings"),
     ("chat_cli", "nanochat.terminal:ChatSettings"),
+    ("chat_web", "nanochat.serving.settings:ServeSettings"),
     ("prepare_rag_dataset", "nanochat.rag.dataset:DatasetSettings"),
     ("retrieval build, add and update", "nanochat.retrieval.settings:IngestSettings"),
     ("retrieval build also", "nanochat.retrieval.settings:BuildSettings"),

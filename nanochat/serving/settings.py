@@ -21,7 +21,7 @@ class ServeSettings:
     """Serve trained models: a chat page and an OpenAI-compatible API."""
 
     source: tuple[str, ...] = ()
-    """stages (base, mid, sft, rag) or paths of checkpoints, one or several (default: those of sft and rag there are)"""
+    """stages or paths of checkpoints, one or several (default: those of sft, rag, refrag and rl that there are)"""
     run: str | None = None
     """name of the run (default: the one that wrote this stage last)"""
     out_dir: str | None = None
