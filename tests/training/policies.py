@@ -25,9 +25,9 @@ def train_rl(root: Path, **options: Any) -> dict[str, float]:
     return train_chat_rl(rl_settings(root, **options))
 
 
-def teach_sums(root: Path, steps: int = 250) -> None:
+def teach_sums(root: Path, steps: int = 250, task: str = SUMS) -> None:
     """The stage `sums`: the tiny base model, which has seen some sums."""
-    given = settings("sft", root, tasks=(SUMS,), num_iterations=steps, eval_every=0, save_every=0, lr_scale=1.0)
+    given = settings("sft", root, tasks=(task,), num_iterations=steps, eval_every=0, save_every=0, lr_scale=1.0)
     train_sft(given)
     (root / "tiny" / "sft").rename(root / "tiny" / "sums")
 

@@ -19,6 +19,7 @@ from nanochat.rag import rewards
 from nanochat.training import play
 from nanochat.training.loop import Trainer
 from nanochat.training.policy import PolicyStage
+from nanochat.training.rollback import PolicyTrainer
 
 HERE = Path(__file__).parent
 
@@ -87,18 +88,34 @@ def test_resumed_twice_is_as_uninterrupted(root: Path, tmp_path: Path, minibatch
     assert again == once
 
 
-def test_a_poisoned_run_is_noticed_and_rolled_back(root: Path) -> None:
-    metrics = train_rl(root, num_iterations=60, lr_scale=4.0, n_prompts=8, eval_every=50)
+def test_a_run_that_collapses_is_rolled_back(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the fourth step on each step ruins the weights."""
+    (root / "tiny" / "sums").rename(root / "tiny" / "base")  # goes on learning: a dozen sums, nearly by heart
+    few, options = "arithmetic:digits=1,n=12", {"num_iterations": 40, "eval_every": 50, "n_prompts": 12}
+    teach_sums(root, 60, few)
+    original = PolicyTrainer.step
+
+    def step(self: PolicyTrainer, batches: Any) -> None:
+        original(self, batches)
+        if self.progress.step > 3:
+            with torch.no_grad():
+                for p in self.model.parameters():
+                    p.add_(torch.randn_like(p))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PolicyTrainer, "step", step)
+        metrics = train_rl(root, tasks=(few,), **options)
+    assert rounds(root)[0]["reward"] > 0.4
     assert metrics["collapsed"] == 1.0
     steps = [record["step"] for record in rounds(root)]
-    assert steps[-1] < 60
+    assert steps[-1] < 20
     before, after = evaluations(root)[0], final_meta(root)["metrics"]
     assert after["val_reward"] == pytest.approx(before["val_reward"])
     assert metrics["best_step"] == 0.0
     start, end = (saved(root, stage) for stage in ("sums", "rl"))
     weights = [name for name in start if name.startswith("model/")]
     assert all(torch.equal(start[name], end[name]) for name in weights)
-    again = train_rl(root, num_iterations=60, lr_scale=4.0, n_prompts=8, eval_every=50)
+    again = train_rl(root, tasks=(few,), **options)
     assert again["collapsed"] == 1.0
     assert [record["step"] for record in rounds(root)] == steps  # nothing was trained on top
 
