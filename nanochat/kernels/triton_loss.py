@@ -166,7 +166,7 @@ def self_check(device: torch.device) -> None:
 
     g = torch.Generator().manual_seed(0)
     n_row, width = 7, 64
-    for n_vocab, dtype, tolerance in ((1000, torch.float32, 5e-3), (REGISTERS + 1000, torch.bfloat16, 3e-2)):
+    for n_vocab, dtype, tolerance in ((REGISTERS - 24, torch.float32, 5e-3), (REGISTERS + 1000, torch.bfloat16, 3e-2)):
         given = [torch.randn(n_row, width, generator=g), torch.randn(n_vocab, width, generator=g) * 0.1]
         targets = torch.randint(IGNORE, n_vocab, (n_row,), generator=g).to(device)
         weights = torch.rand(n_row, generator=g).to(device)

@@ -284,7 +284,7 @@ class _Sizes:
         self.BP, self.BN = power_of_2(self.P), power_of_2(self.N)
         self.heads = math.gcd(self.H // self.G, heads)
         self.share = self.H // self.G // self.heads
-        self.warps = 8 if self.Q >= 64 else 4
+        self.warps = 8 if self.Q >= 32 else 4
         # what is written of a state is read as an operand of products in the activations' dtype
         self.saved = torch.bfloat16 if x_BTHP.dtype == torch.bfloat16 else torch.float32
 
