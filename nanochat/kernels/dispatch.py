@@ -47,8 +47,8 @@ def choose(op: str, table: Mapping[str, Op], default: str, like: Tensor | None =
     """The implementation of `op` for tensors such as `like` (None: the default, unless the environment says else).
 
     `unfit`: why the Triton kernel cannot take this very call (empty: it can), or of an operation that has none, why
-    the default is what it is. Raises UsageError when
-    `NANOCHAT_KERNEL_<OP>` names no implementation, or one that cannot run here.
+    the default is what it is. Raises UsageError when `NANOCHAT_KERNEL_<OP>` names no implementation, or one that cannot
+    run here.
     """
     device = "cpu" if like is None or like.device.type != "cuda" else str(like.device)
     if device != "cpu" and like is not None and like.dtype == torch.float64:
@@ -117,7 +117,9 @@ def triton_problem(device: str) -> str:
 def check_problem(op: str, device: str) -> str:
     """Run the self-check of an operation's Triton kernel on this device, once a process; empty when it passes."""
     try:
-        importlib.import_module(f"nanochat.kernels.{TRITON[op]}").self_check(torch.device(device))
+        module = importlib.import_module(f"nanochat.kernels.{TRITON[op]}")
+        with torch.inference_mode(False), torch.enable_grad():  # gradients too, wherever the first use is
+            module.self_check(torch.device(device))
     except Exception as error:  # a compiler that crashes and a wrong number alike: go on without the kernel
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         insist = f"NANOCHAT_KERNEL_{op.upper()}=triton takes it all the same"

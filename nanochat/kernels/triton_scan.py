@@ -1,10 +1,9 @@
 # mypy: disable-error-code="no-untyped-def,assignment"
 """S6 in Triton, fused: step size (bias, softplus), discretisation, scan, D and the SiLU gate, forward and backward.
 
-One program walks over time with the states of a few channels in registers: LANES threads share a channel's N states, so
-that sums over states and sums over channels both stay short. Where there are too few channels to fill the GPU, time is
-cut into splits: a first pass finds each split's own last state (and that a state entering it would be multiplied by
-exp(A * sum of steps)), a second carries states from split to split, then all splits run at once.
+One program, a single warp, walks over time with the states of a few channels in registers. Where there are too few
+channels to fill the GPU, time is cut into splits: a first pass finds each split's own last state (what enters it would
+be multiplied by exp(A * sum of steps)), a second carries states from split to split, then all splits run at once.
 
 The forward pass keeps the state before every KEEP steps. The backward pass walks from the end: it computes a stretch of
 KEEP steps again, noting the state before every UNROLL steps, then takes UNROLL steps back at a time with their decays
@@ -13,7 +12,8 @@ in a fixed order, and two runs give the same bits.
 
 Decays are exponentials of one step, never quotients or logs of products; states and sums are float32.
 
-Letters: B batch, T time, E inner width, N state size, S splits; `h` is a tile (N / LANES, channels, LANES).
+Letters: B batch, T time, E inner width, N state size, S splits; states are tiles (BN, BLOCK), BN a power of 2 >= N.
+With channels last, Triton gives four threads to a channel, and sums over states and over channels both stay short.
 """
 
 import math
@@ -30,7 +30,7 @@ from nanochat.errors import UsageError
 from nanochat.kernels.scan import SELECTIVE_SCAN
 from nanochat.kernels.triton_common import DTYPES, compare, dense, launch, power_of_2, sigmoid, softplus
 
-BLOCK, LANES = 32, 4  # channels of a program (one warp), threads that share a channel
+BLOCK = 32  # channels of a program
 KEEP, UNROLL = 32, 4
 PROGRAMS = 2048  # with fewer, time is split
 MIN_SPLIT = 4 * KEEP  # steps
@@ -44,18 +44,17 @@ LN2 = tl.constexpr(math.log(2))
 
 
 @triton.jit
-def _place(n_inner, BLOCK: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """The program's channels (BLOCK,), those of them to read, and the tile's states (ROWS, 1, LANES)."""
+def _place(n_inner, BLOCK: tl.constexpr, BN: tl.constexpr):
+    """The program's channels (BLOCK,), those of them to read, and the tile's states (BN, 1)."""
     e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    n = tl.arange(0, ROWS)[:, None, None] * LANES + tl.arange(0, LANES)[None, None, :]
-    return e, tl.minimum(e, n_inner - 1), n
+    return e, tl.minimum(e, n_inner - 1), tl.arange(0, BN)[:, None]
 
 
 @triton.jit
-def _vector(x, n, N: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """B or C of one token (ROWS, 1, LANES) in float32, zero where the tile has more places than there are states."""
+def _vector(x, n, N: tl.constexpr, BN: tl.constexpr):
+    """B or C of one token (BN, 1) in float32, zero where the tile has more places than there are states."""
     x_N = tl.load(x + tl.minimum(n, N - 1)).to(tl.float32)
-    if N < ROWS * LANES:
+    if N < BN:
         x_N = tl.where(n < N, x_N, 0.0)
     return x_N
 
@@ -82,26 +81,26 @@ def _delta(dt_E, bias_E, t, length, BIAS: tl.constexpr):
 
 @triton.jit
 def _decay(delta_E, A2, drop):
-    return tl.exp2(delta_E[None, :, None] * A2 + drop)
+    return tl.exp2(delta_E[None, :] * A2 + drop)
 
 
 @triton.jit
 def _forward_kernel(
     u, dt, A, B, C, D, bias, gate, segments, lengths, entering, y, last, kept, whole,
     n_time, n_inner, steps, u_row, u_step, dt_row, dt_step, B_row, B_step, C_row, C_step, gate_row, gate_step,
-    N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, KEEP: tl.constexpr,
+    N: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr, KEEP: tl.constexpr,
     BIAS: tl.constexpr, GATE: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr, ENTERING: tl.constexpr,
     LOCAL: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
     """Scan one split. LOCAL: from zero, and only `last` (B, S, N, E) and `whole` (B, S, N, E), the split's decay."""
-    e, e_read, n = _place(n_inner, BLOCK, ROWS, LANES)
+    e, e_read, n = _place(n_inner, BLOCK, BN)
     b, s, n_split = tl.program_id(1).to(tl.int64), tl.program_id(2), tl.num_programs(2)
-    cell, inside = n * n_inner + e[None, :, None], (n < N) & (e < n_inner)[None, :, None]
+    cell, inside = n * n_inner + e[None, :], (n < N) & (e < n_inner)[None, :]
     A2 = tl.load(A + cell, mask=inside, other=0.0) * LOG2E
     D_E = tl.load(D + e_read)
     bias_E = tl.load(bias + e_read) if BIAS else 0.0
     length = tl.load(lengths + b).to(tl.int32) if RAGGED else n_time
-    h = tl.zeros((ROWS, BLOCK, LANES), tl.float32)
+    h = tl.zeros((BN, BLOCK), tl.float32)
     if ENTERING:
         h = tl.load(entering + (b * n_split + s) * N * n_inner + cell, mask=inside, other=0.0)
     u, dt, B, C = u + b * u_row + e_read, dt + b * dt_row + e_read, B + b * B_row, C + b * C_row
@@ -116,13 +115,13 @@ def _forward_kernel(
     first = (s * steps).to(tl.int64) if LONG else s * steps
     # the next token is on its way while this one is computed
     u_E, dt_E = tl.load(u + first * u_step), tl.load(dt + first * dt_step)
-    B_N, C_N = _vector(B + first * B_step, n, N, ROWS, LANES), _vector(C + first * C_step, n, N, ROWS, LANES)
+    B_N, C_N = _vector(B + first * B_step, n, N, BN), _vector(C + first * C_step, n, N, BN)
     if GATE:
         gate_E = tl.load(gate + first * gate_step)
     for t in range(first, tl.minimum(first + steps, n_time)):
         later = tl.minimum(t + 1, n_time - 1)
         u_next, dt_next = tl.load(u + later * u_step), tl.load(dt + later * dt_step)
-        B_next, C_next = _vector(B + later * B_step, n, N, ROWS, LANES), _vector(C + later * C_step, n, N, ROWS, LANES)
+        B_next, C_next = _vector(B + later * B_step, n, N, BN), _vector(C + later * C_step, n, N, BN)
         delta_E, drop = _delta(dt_E, bias_E, t, length, BIAS), _drop(segments, t, n_time, PACKED)
         if LOCAL:
             total_E += delta_E
@@ -130,9 +129,9 @@ def _forward_kernel(
         else:
             if t % KEEP == 0:
                 tl.store(kept + (b * n_kept + t // KEEP) * N * n_inner + cell, h, mask=inside)
-        h = _decay(delta_E, A2, drop) * h + (delta_E * u_E.to(tl.float32))[None, :, None] * B_N
+        h = _decay(delta_E, A2, drop) * h + (delta_E * u_E.to(tl.float32))[None, :] * B_N
         if not LOCAL:
-            y_E = tl.sum(tl.sum(h * C_N, 2), 0) + D_E * u_E.to(tl.float32)
+            y_E = tl.sum(h * C_N, 0) + D_E * u_E.to(tl.float32)
             if GATE:
                 y_E *= gate_E.to(tl.float32) * sigmoid(gate_E.to(tl.float32))
                 gate_E = tl.load(gate + later * gate_step)
@@ -175,14 +174,14 @@ def _gated(dy, gate, t, inside_E, dy_step, gate_step, GATE: tl.constexpr):
 def _local_gradient_kernel(
     dy, dt, A, C, bias, gate, segments, lengths, local, whole,
     n_time, n_inner, steps, dy_row, dy_step, dt_row, dt_step, C_row, C_step, gate_row, gate_step,
-    N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    N: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr,
     BIAS: tl.constexpr, GATE: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr,
     LONG: tl.constexpr,
 ):  # fmt: skip
     """Gradient that a split alone sends to the state before it, and its decay; both (B, S, N, E)."""
-    e, e_read, n = _place(n_inner, BLOCK, ROWS, LANES)
+    e, e_read, n = _place(n_inner, BLOCK, BN)
     b, s, n_split = tl.program_id(1).to(tl.int64), tl.program_id(2), tl.num_programs(2)
-    cell, inside = n * n_inner + e[None, :, None], (n < N) & (e < n_inner)[None, :, None]
+    cell, inside = n * n_inner + e[None, :], (n < N) & (e < n_inner)[None, :]
     A2 = tl.load(A + cell, mask=inside, other=0.0) * LOG2E
     bias_E = tl.load(bias + e_read) if BIAS else 0.0
     length = tl.load(lengths + b).to(tl.int32) if RAGGED else n_time
@@ -191,7 +190,7 @@ def _local_gradient_kernel(
         gate += b * gate_row + e_read
     if PACKED:
         segments += b * n_time
-    g = tl.zeros((ROWS, BLOCK, LANES), tl.float32)
+    g = tl.zeros((BN, BLOCK), tl.float32)
     total_E, alive = tl.zeros((BLOCK,), tl.float32), 0.0
     first = (s * steps).to(tl.int64) if LONG else s * steps
     stop = tl.minimum(first + steps, n_time)
@@ -202,7 +201,7 @@ def _local_gradient_kernel(
         drop = _drop(segments, t, n_time, PACKED)
         total_E += delta_E
         alive += drop
-        g += dscan_E[None, :, None] * _vector(C + t * C_step, n, N, ROWS, LANES)
+        g += dscan_E[None, :] * _vector(C + t * C_step, n, N, BN)
         g *= _decay(delta_E, A2, drop)
     place = (b * n_split + s) * N * n_inner + cell
     tl.store(local + place, g, mask=inside)
@@ -215,15 +214,15 @@ def _backward_kernel(
     du, ddt, dA, dB, dC, dD, dbias, dgate, dstate,
     n_time, n_inner, steps, dy_row, dy_step, u_row, u_step, dt_row, dt_step, B_row, B_step, C_row, C_step,
     gate_row, gate_step,
-    N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, KEEP: tl.constexpr,
+    N: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr, KEEP: tl.constexpr,
     UNROLL: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr,
     LONG: tl.constexpr,
 ):  # fmt: skip
     """All gradients of one split, given `leaving` (B, S, N, E), the gradient of the state behind it."""
-    e, e_read, n = _place(n_inner, BLOCK, ROWS, LANES)
+    e, e_read, n = _place(n_inner, BLOCK, BN)
     b, s, n_split = tl.program_id(1).to(tl.int64), tl.program_id(2), tl.num_programs(2)
-    cell, inside = n * n_inner + e[None, :, None], (n < N) & (e < n_inner)[None, :, None]
-    n_NL = tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    cell, inside = n * n_inner + e[None, :], (n < N) & (e < n_inner)[None, :]
+    n_N = tl.arange(0, BN)
     A2 = tl.load(A + cell, mask=inside, other=0.0) * LOG2E
     D_E = tl.load(D + e_read)
     bias_E = tl.load(bias + e_read) if BIAS else 0.0
@@ -236,14 +235,14 @@ def _backward_kernel(
         gate += b * gate_row + e_read
     if PACKED:
         segments += b * n_time
-    block = (tl.program_id(0) * tl.num_programs(1) + b) * n_time * N + n_NL
+    block = (tl.program_id(0) * tl.num_programs(1) + b) * n_time * N + n_N
     dB, dC = dB + block, dC + block
     n_kept = tl.cdiv(n_time, KEEP)
-    SIZE: tl.constexpr = ROWS * BLOCK * LANES
+    SIZE: tl.constexpr = BN * BLOCK
     notes += ((b * n_split + s) * tl.num_programs(0) + tl.program_id(0)) * (KEEP // UNROLL) * SIZE
-    notes += n // LANES * (BLOCK * LANES) + tl.arange(0, BLOCK)[None, :, None] + n % LANES * BLOCK
+    notes += n * BLOCK + tl.arange(0, BLOCK)[None, :]
     g = tl.load(leaving + (b * n_split + s) * N * n_inner + cell, mask=inside, other=0.0)
-    dA_NE = tl.zeros((ROWS, BLOCK, LANES), tl.float32)
+    dA_NE = tl.zeros((BN, BLOCK), tl.float32)
     dD_E, dbias_E = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     first = (s * steps).to(tl.int64) if LONG else s * steps
     n_stretch = tl.cdiv(tl.minimum(first + steps, n_time) - first, KEEP)
@@ -256,9 +255,9 @@ def _backward_kernel(
                 true_t = start + j * UNROLL + i
                 t = tl.minimum(true_t, n_time - 1)
                 delta_E = _delta(tl.load(dt + t * dt_step), bias_E, true_t, length, BIAS)
-                B_N, u_E = _vector(B + t * B_step, n, N, ROWS, LANES), tl.load(u + t * u_step).to(tl.float32)
+                B_N, u_E = _vector(B + t * B_step, n, N, BN), tl.load(u + t * u_step).to(tl.float32)
                 h *= _decay(delta_E, A2, _drop(segments, true_t, n_time, PACKED))
-                h += (delta_E * u_E)[None, :, None] * B_N
+                h += (delta_E * u_E)[None, :] * B_N
         tl.debug_barrier()  # the notes are read by the threads of this program, not all by the one that wrote them
         for back_j in range(KEEP // UNROLL):
             j = KEEP // UNROLL - 1 - back_j
@@ -268,37 +267,37 @@ def _backward_kernel(
                 true_t = start + j * UNROLL + i
                 t = tl.minimum(true_t, n_time - 1)
                 delta_E = _delta(tl.load(dt + t * dt_step), bias_E, true_t, length, BIAS)
-                B_N, u_E = _vector(B + t * B_step, n, N, ROWS, LANES), tl.load(u + t * u_step).to(tl.float32)
+                B_N, u_E = _vector(B + t * B_step, n, N, BN), tl.load(u + t * u_step).to(tl.float32)
                 h *= _decay(delta_E, A2, _drop(segments, true_t, n_time, PACKED))
-                h += (delta_E * u_E)[None, :, None] * B_N
+                h += (delta_E * u_E)[None, :] * B_N
                 states = states + (h,)  # noqa: RUF005 (Triton knows no star)
             for i in tl.static_range(UNROLL):
                 true_t = start + j * UNROLL + (UNROLL - 1 - i)
                 t = tl.minimum(true_t, n_time - 1)
                 store = e < tl.where(true_t < n_time, n_inner, 0)
                 u_E, dt_E = tl.load(u + t * u_step).to(tl.float32), tl.load(dt + t * dt_step).to(tl.float32)
-                B_N = _vector(B + t * B_step, n, N, ROWS, LANES)
-                C_N = _vector(C + t * C_step, n, N, ROWS, LANES)
+                B_N = _vector(B + t * B_step, n, N, BN)
+                C_N = _vector(C + t * C_step, n, N, BN)
                 dout_E, dscan_E, gate_E = _gated(dy, gate, t, store, dy_step, gate_step, GATE)
                 delta_E = _delta(dt_E, bias_E, true_t, length, BIAS)
                 input_E = delta_E * u_E
                 decay = _decay(delta_E, A2, _drop(segments, true_t, n_time, PACKED))
                 passed = decay * states[UNROLL - 1 - i]
-                h = passed + input_E[None, :, None] * B_N
-                g += dscan_E[None, :, None] * C_N
+                h = passed + input_E[None, :] * B_N
+                g += dscan_E[None, :] * C_N
                 if GATE:
-                    y_E = tl.sum(tl.sum(h * C_N, 2), 0) + D_E * u_E
+                    y_E = tl.sum(h * C_N, 0) + D_E * u_E
                     sigma_E = sigmoid(gate_E)
                     dgate_E = dout_E * y_E * sigma_E * (1.0 + gate_E * (1.0 - sigma_E))
                     tl.store(dgate + t * n_inner, dgate_E.to(dgate.dtype.element_ty), mask=store)
-                vector = n_NL < tl.where(true_t < n_time, N, 0)
-                tl.store(dC + t * N, tl.sum(h * dscan_E[None, :, None], 1), mask=vector)
-                tl.store(dB + t * N, tl.sum(g * input_E[None, :, None], 1), mask=vector)
-                dinput_E = tl.sum(tl.sum(g * B_N, 2), 0)
+                vector = n_N < tl.where(true_t < n_time, N, 0)
+                tl.store(dC + t * N, tl.sum(h * dscan_E[None, :], 1), mask=vector)
+                tl.store(dB + t * N, tl.sum(g * input_E[None, :], 1), mask=vector)
+                dinput_E = tl.sum(g * B_N, 0)
                 q = g * passed
                 g *= decay
-                dA_NE += q * delta_E[None, :, None]
-                ddelta_E = tl.sum(tl.sum(q * A2, 2), 0) * LN2 + dinput_E * u_E
+                dA_NE += q * delta_E[None, :]
+                ddelta_E = tl.sum(q * A2, 0) * LN2 + dinput_E * u_E
                 ddelta_E = tl.where(true_t < length, ddelta_E, 0.0)
                 if BIAS:
                     ddelta_E *= sigmoid(dt_E + bias_E)
@@ -358,10 +357,9 @@ class _Sizes(NamedTuple):
         lengths: Tensor | None,
         strides: list[int],
     ) -> dict[str, Any]:
-        rows = power_of_2(triton.cdiv(self.n_state, LANES), 1)
         widest = max(self.n_inner, self.n_state, *strides[1::2])
         return {
-            "N": self.n_state, "BLOCK": BLOCK, "ROWS": rows, "LANES": LANES, "BIAS": bias is not None,
+            "N": self.n_state, "BLOCK": BLOCK, "BN": power_of_2(self.n_state, 1), "BIAS": bias is not None,
             "GATE": gate is not None, "PACKED": segments is not None, "RAGGED": lengths is not None,
             "LONG": (self.n_time + KEEP) * widest >= WIDE, "num_warps": 1,
         }  # fmt: skip
@@ -441,8 +439,7 @@ def _scan_backward(
     dA, dstate = size.states(u, n_batch * n_split), size.states(u, n_batch)
     dD, dbias = (dA.new_empty(n_batch * n_split, size.n_inner) for _ in range(2))
     dB, dC = (dA.new_empty(n_block, n_batch, size.n_time, size.n_state) for _ in range(2))
-    rows = constants["ROWS"]
-    notes = dA.new_empty(n_block * n_batch * n_split * (KEEP // UNROLL) * rows * LANES * BLOCK)
+    notes = dA.new_empty(n_block * n_batch * n_split * (KEEP // UNROLL) * constants["BN"] * BLOCK)
     launch(
         _backward_kernel, size.grid, dy, leaving, u, dt, A, B, C, D, bias, gate, segments, lengths, kept, notes,
         du, ddt, dA, dB, dC, dD, dbias, dgate, dstate, *size.counts, *strides,

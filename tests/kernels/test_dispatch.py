@@ -52,6 +52,15 @@ def test_the_check_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == [GPU.device]
 
 
+def test_the_check_has_gradients_also_where_the_first_use_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def self_check(device: torch.device) -> None:
+        torch.ones(1, requires_grad=True).exp().backward()
+
+    checks(monkeypatch, self_check)
+    with torch.inference_mode():
+        assert chosen() == "triton"
+
+
 def test_a_kernel_that_fails_its_check_is_never_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
