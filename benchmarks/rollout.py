@@ -79,7 +79,7 @@ class Scripted(_Runner):
 def main() -> None:
     parser = argparse.ArgumentParser(description="Throughput of rollouts with searches")
     parser.add_argument("--rows", type=int, default=256)
-    parser.add_argument("--max_rows", type=int, default=64, help="rows that decode together")
+    parser.add_argument("--max_rows", type=int, default=128, help="rows that decode together")
     parser.add_argument("--baseline_rows", type=int, default=64, help="rollouts that the slower sides make")
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--width", type=int, default=256)
