@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import httpx
 import pytest
+from tiny_server import slowed
 
 from nanochat.conversation import SPECIAL_TOKENS
 
@@ -351,7 +352,8 @@ def test_a_client_that_reads_nothing_is_cut_off(start):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_vanishing_clients_free_their_rows(client, server, stream):
+def test_vanishing_clients_free_their_rows(server, stream, monkeypatch):
+    slowed(server.service.models["tiny-sft"].chat, monkeypatch, 0.01)
     scheduler = server.service.models["tiny-sft"].scheduler
     before = scheduler.stats()
     body = json.dumps({**ASK, "max_tokens": 230, "stream": stream})
@@ -370,11 +372,12 @@ def test_vanishing_clients_free_their_rows(client, server, stream):
 # ---- too much
 
 
-def test_overload_is_told(start):
+def test_overload_is_told(start, monkeypatch):
     server = start(max_rows=1, max_queue=2, max_n=1)
+    slowed(server.service.models["tiny-sft"].chat, monkeypatch, 0.02)
     with server.client() as client:
         scheduler = server.service.models["tiny-sft"].scheduler
-        long = {**ASK, "max_tokens": 100}
+        long = {**ASK, "max_tokens": 20}
         raws = [connect(server.url) for _ in range(8)]
         for raw in raws:
             text = json.dumps(long)

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from tiny_server import DOCUMENTS, tiny_model
+from tiny_server import DOCUMENTS, slowed, tiny_model
 
 from nanochat.data.answers import ABSTENTION
 from nanochat.engine.generate import Completion
@@ -133,17 +133,10 @@ def test_a_failure_of_the_model_is_an_error_and_the_server_goes_on(client, serve
     assert ask(client, model="tiny-sft")["usage"]["completion_tokens"] == 6
 
 
-def test_deadlines(start):
+def test_deadlines(start, monkeypatch):
     server = start(max_seconds=0.3, max_rows=1, max_n=1)
     with server.client() as client:
-        model = server.service.models["tiny-rag"].chat.model
-        forward = model.logits
-
-        def slow(hidden):
-            time.sleep(0.05)
-            return forward(hidden)
-
-        model.logits = slow
+        slowed(server.service.models["tiny-rag"].chat, monkeypatch, 0.05)
         answer = ask(client, max_tokens=200)
         assert answer["choices"][0]["finish_reason"] == "length"
         assert 0 < answer["usage"]["completion_tokens"] < 20

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from tiny_server import slowed
 
 openai = pytest.importorskip("openai")
 
@@ -119,17 +120,16 @@ def test_models_and_embeddings(client):
     assert plain.data[0].embedding == pytest.approx(found.data[0].embedding)
 
 
-def test_a_stream_that_is_closed_frees_its_slot(client, server):
-    def active() -> int:
-        return server.service.models["tiny-sft"].scheduler.stats().active
-
+def test_a_stream_that_is_closed_frees_its_slot(client, server, monkeypatch):
+    served = server.service.models["tiny-sft"]
+    slowed(served.chat, monkeypatch, 0.02)  # 200 tokens take four seconds
+    before = served.scheduler.stats().cancelled
     with client.chat.completions.create(model="tiny-sft", messages=ASK, max_tokens=200, stream=True) as stream:
-        next(iter(stream))
-        assert active() == 1
-    deadline = time.monotonic() + 10
-    while active() and time.monotonic() < deadline:
+        assert next(chunk for chunk in stream if chunk.choices[0].delta.content)
+    deadline = time.monotonic() + 3
+    while served.scheduler.stats().cancelled == before and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert active() == 0
+    assert served.scheduler.stats().cancelled == before + 1
 
 
 def test_retrieval_as_an_extension(client):

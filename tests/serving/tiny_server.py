@@ -41,6 +41,17 @@ def tiny_model(stage: str = "sft", pattern: str = "T", context: int = 256, seed:
     return ChatModel(Loaded(model, TOKENIZER, {"stage": stage}, Path("out") / "tiny" / stage / "step_000001"))
 
 
+def slowed(model: ChatModel, monkeypatch: Any, seconds: float) -> None:
+    """Every step of the model takes so long: what happens while it writes can be tested."""
+    forward = model.model.logits
+
+    def slow(hidden: torch.Tensor) -> torch.Tensor:
+        time.sleep(seconds)
+        return forward(hidden)
+
+    monkeypatch.setattr(model.model, "logits", slow)
+
+
 @dataclass
 class Running:
     """A server that listens at `url`."""
