@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("triton.backends.nvidia")
 HERE = Path(__file__).parent
 # bytes that a thread may put aside for want of registers; the loss holds a whole row of 32,768 logits in them
-SPILLED = {"triton_ssd": 256, "triton_norm": 0, "triton_loss": 400}
+SPILLED = {"triton_ssd": 256, "triton_norm": 0, "triton_loss": 600}
 
 
 @pytest.mark.parametrize(
