@@ -23,7 +23,7 @@ class Recurrence(NamedTuple):
     fast: Callable[..., Any]
     oracle: Callable[..., Any]
     inputs: Callable[[int, int], list[Tensor]]  # batch, time -> x, steps, A, B, C, D, state
-    extreme: float  # tolerance with steps of up to 10,000: they multiply what SSD's sums for A's gradient were rounded by
+    extreme: float  # tolerance with steps of 10,000: they multiply the rounding of SSD's sums for A's gradient
 
 
 RECURRENCES = {
