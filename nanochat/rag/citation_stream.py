@@ -16,6 +16,7 @@ class CitationStream:
     def __init__(self, tokenizer: Tokenizer, n_documents: int) -> None:
         self.tokenizer, self.n_documents = tokenizer, n_documents
         self._start, self._end = tokenizer.special("cite_start"), tokenizer.special("cite_end")
+        self._abstain = tokenizer.special("abstain")
         self._decoder = StreamDecoder(tokenizer, skip_special=True)
         self._inside: list[int] | None = None  # the tokens of a citation that has not ended
         self._cited: list[int] = []
@@ -29,6 +30,8 @@ class CitationStream:
             self._inside = []
             return self._close()
         if self._inside is None:
+            if ids == self._abstain and not (self._begun or self._any):
+                self._cited.clear()
             return "" if self.tokenizer.is_special(ids) else self._say(self._decoder.feed(ids))
         if ids != self._end:
             self._inside.append(ids)

@@ -56,7 +56,8 @@ def parse(ids: Sequence[int], tokenizer: Tokenizer, n_documents: int) -> Answer:
     """Read an answer from the ids that the model produced (an end token may be among them).
 
     A citation holds until the next one; several in a row count together. Whatever stands between the tokens of a
-    citation and does not end with a number from 1 to `n_documents` is invalid.
+    citation and does not end with a number from 1 to `n_documents` is invalid. What an abstention looked at before is
+    no citation.
     """
     start, end, abstain = (tokenizer.special(name) for name in ("cite_start", "cite_end", "abstain"))
     sentences: list[Sentence] = []
@@ -64,7 +65,7 @@ def parse(ids: Sequence[int], tokenizer: Tokenizer, n_documents: int) -> Answer:
     cited: list[int] = []
     text: list[int] = []
     inside: list[int] | None = None
-    abstained = bool(ids) and ids[0] == abstain
+    abstained = False
 
     def close() -> None:
         said = tokenizer.decode(text).strip()
@@ -87,6 +88,10 @@ def parse(ids: Sequence[int], tokenizer: Tokenizer, n_documents: int) -> Answer:
             inside = None
         elif inside is not None:
             inside.append(token)
+        elif token == abstain and not (sentences or text):  # later it would be rambling
+            abstained = True
+            cited.clear()
+            invalid.clear()
         elif not tokenizer.is_special(token):
             text.append(token)
     if inside is not None:

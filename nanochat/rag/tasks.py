@@ -28,7 +28,13 @@ from nanochat.tokenizer import Tokenizer
 def cited_answer(headings: Sequence[str], sentence: str) -> list[dict[str, str]]:
     """Citations first, then the sentence that rests on them: two look-ups, each of which can be learnt by itself. The
     blank in front gives a name at the beginning the same tokens as in the documents."""
-    return [*({"type": "cite", "text": over} for over in headings), {"type": "text", "text": f" {sentence}"}]
+    return [*map(cite, headings), {"type": "text", "text": f" {sentence}"}]
+
+
+def cite(label: str) -> dict[str, str]:
+    """A citation; before an abstention it says what was looked for, with the number of the document where it was found.
+    To look first and decide then takes one step at a time; such citations count for nothing."""
+    return {"type": "cite", "text": label}
 
 
 _CITED = re.compile(r"\s*<\|cite_start\|>(.*?)<\|cite_end\|>", re.DOTALL)
@@ -38,7 +44,7 @@ def judge(conversation: dict[str, Any], completion: str) -> bool:
     """Whether an answer (special tokens by name) abstains where it should, or else cites only documents that are gold,
     at least one, and says an answer that is right."""
     if conversation["abstain"]:
-        return is_abstention(completion)
+        return is_abstention(_CITED.sub("", completion))
     cited: list[int] = []
     while match := _CITED.match(completion):
         cited.append(number_of(match[1]))
@@ -90,8 +96,10 @@ class RagWorld:
         messages: list[dict[str, Any]] = [retrieval_message(documents).message]
         for _ in range(self.n_questions):
             question, number = self.ask(world, pool, entities, stated, draws)
-            over = [heading(documents[number - 1].title, number)] if number else []
-            answer = cited_answer(over, question.sentence) if number else abstention()
+            assert question.entity is not None
+            about = entities.index(question.entity) + 1 if question.entity in entities else 0
+            label = heading(documents[about - 1].title, about) if about else f" {world.name(question.entity)}"
+            answer = cited_answer([label], question.sentence) if number else [cite(label), *abstention()]
             messages += [{"role": "user", "content": question.text}, {"role": "assistant", "content": answer}]
         return {
             "messages": messages,

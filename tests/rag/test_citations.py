@@ -1,6 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanochat.rag.citation_stream import CitationStream
 from nanochat.rag.citations import parse, sources
 from nanochat.retrieval.document import Document
 from nanochat.tokenizer import Tokenizer
@@ -37,6 +38,11 @@ def test_text_that_looks_like_a_citation_is_none() -> None:
 def test_abstention_is_its_token_in_front() -> None:
     assert parse([T.special("abstain"), *T.encode("I do not know."), T.eot], T, 2).abstained
     assert not parse([*T.encode("a"), T.special("abstain")], T, 2).abstained
+    looked = [*cite("1"), *cite(" Mara Velt"), T.special("abstain"), *T.encode("I do not know."), T.eot]
+    answer = parse(looked, T, 2)
+    assert (answer.abstained, answer.citations, answer.invalid) == (True, (), ())
+    stream = CitationStream(T, 2)
+    assert "".join(map(stream.feed, looked)) + stream.flush() == "I do not know." == answer.render()
     assert parse([], T, 2).text == ""
 
 
