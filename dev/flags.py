@@ -33,6 +33,7 @@ TABLES = [  # heading, class
     ("base_eval also", "nanochat.evaluation.commands:BaseEvalSettings"),
     ("chat_eval also", "nanochat.evaluation.commands:ChatEvalSettings"),
     ("rag_eval also", "nanochat.evaluation.rag_commands:RagEvalSettings"),
+    ("refrag_trace, beside those of the evaluations", "nanochat.training.refrag_trace:TraceSettings"),
     ("chat_cli", "nanochat.terminal:ChatSettings"),
     ("chat_web", "nanochat.serving.settings:ServeSettings"),
     ("prepare_rag_dataset", "nanochat.rag.dataset:DatasetSettings"),
