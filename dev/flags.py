@@ -83,7 +83,7 @@ def show(value: Any) -> str:
         return ""
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
-    return f"`{' '.join(value) if isinstance(value, tuple) else value}`"
+    return f"`{' '.join(map(str, value)) if isinstance(value, tuple) else value}`"
 
 
 def table(config_class: type) -> str:
