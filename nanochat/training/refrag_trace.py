@@ -18,10 +18,10 @@ from nanochat.evaluation.rag_commands import RagEvalSettings, choose_questions, 
 from nanochat.rag.multihop import SearchTool
 from nanochat.rag.multihop_tasks import MultiHopQuestions
 from nanochat.rag.rewards import SEARCH_WEIGHTS, Rewards, read_weights
-from nanochat.rag.traces import Trace, read_traces, show, trace_of, write_traces
+from nanochat.rag.traces import Trace, read_traces, show, write_traces
 from nanochat.report_traces import trace_page
 from nanochat.training.course import Problem
-from nanochat.training.play import Play, Played, Player
+from nanochat.training.play import Play, Player
 
 
 @dataclass(frozen=True)
@@ -98,17 +98,7 @@ def make_traces(settings: TraceSettings) -> list[Trace]:
         player = Player(loaded.model, tokenizer, rewards, play, tools)
         problems = [Problem(task, i, task[i], 1) for i in range(min(settings.n, len(task)))]
         sampling = Sampling(settings.max_tokens, settings.temperature, seed=settings.seed)
-        return [played_trace(player, played) for played in player.play(problems, sampling, 1)]
-
-
-def played_trace(player: Player, played: Played) -> Trace:
-    """The trace of an answer that was scored."""
-    conversation = played.problem.conversation
-    return trace_of(
-        played.rollout, player.tokenizer, conversation["messages"][0]["content"], name=played.sample.name,
-        answers=conversation["answers"], gold=conversation["gold_documents"], right=played.sample.right,
-        reward=played.score.total, rewards=played.score.parts,
-    )  # fmt: skip
+        return [played.trace(tokenizer) for played in player.play(problems, sampling, 1)]
 
 
 def refrag_trace(argv: list[str] | None = None) -> None:
