@@ -192,4 +192,4 @@ def in_mode(knowledge: KnowledgeBase | Searcher, mode: str) -> Searcher:
 
 def trained_on_retrieval(meta: Mapping[str, Any]) -> bool:
     """Whether the last stage of a checkpoint showed documents to the model."""
-    return meta.get("stage") == "rag"
+    return meta.get("stage") in ("rag", "refrag")

@@ -162,8 +162,9 @@ class Trainer:
         log.info("torch.compile: %s (--compile %s)", "on" if on else "off", self.settings.compile)
         if not on:
             return self.model.loss
-        for table in (SELECTIVE_SCAN, LINEAR_CROSS_ENTROPY):  # gradients and buffers by hand: called, never traced
-            table.update({name: torch.compiler.disable(op) for name, op in table.items()})
+        for table in (SELECTIVE_SCAN, LINEAR_CROSS_ENTROPY):
+            # gradients and buffers by hand: called, never traced; the Triton kernels are operators that it knows
+            table.update({name: torch.compiler.disable(op) for name, op in table.items() if name != "triton"})
         return torch.compile(self.model.loss, dynamic=False)
 
     def run(self) -> dict[str, float]:
