@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "chat_rl": ("nanochat.training.rl_commands:chat_rl", "reinforcement learning on tasks that can be checked"),
     "refrag_finetune": ("nanochat.training.refrag:refrag_finetune", "learn to search hop by hop: traces, then rewards"),
     "refrag_trace": ("nanochat.training.refrag_trace:refrag_trace", "show what a model searched, read and answered"),
+    "reward_train": ("nanochat.training.reward_model:reward_train", "fit a reward model to preferences"),
     "base_eval": ("nanochat.evaluation.commands:base_eval", "evaluate a model on raw text"),
     "chat_eval": ("nanochat.evaluation.commands:chat_eval", "evaluate a model on chat tasks"),
     "rag_eval": ("nanochat.evaluation.rag_commands:rag_eval", "evaluate answers from documents: right, cited, made up"),
@@ -41,7 +42,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("nanochat.doctor:main", "show this machine, the device and dtype that would be used, and why"),
 }
 
-RESUMABLE = ("quickstart", "base_train", "mid_train", "chat_sft", "rag_finetune", "chat_rl", "refrag_finetune", "download")
+RESUMABLE = (
+    "quickstart", "base_train", "mid_train", "chat_sft", "rag_finetune", "chat_rl", "refrag_finetune", "download",
+)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
