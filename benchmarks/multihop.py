@@ -4,7 +4,8 @@
 
 FILE: HotpotQA's records (default: 200 of its distractor set). All their paragraphs make one hybrid knowledge base, or
 an existing one is searched. A question counts when all its gold paragraphs are among the first k (all-gold recall@k).
-Variants of the template were compared with both halves of the questions in sight; `second half` is a check, not a held-out set. Ratios:
+Variants of the template were compared with both halves of the questions in sight: `second half` is a check, not a
+held-out set. Ratios:
 
     hops_over_one_shot_5          all-gold recall@5 of the template with selection, minus the best one-shot search's
     hops_over_selected_5          minus that of one search with the same selection
