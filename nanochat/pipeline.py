@@ -59,7 +59,7 @@ class Profile:
 
 RAG_LEN = 1024  # tokens of a row of contexts
 PROFILES = {
-    "cpu": Profile(120, 1000, 40, 1024, 4, 128, 256, 8, 400, 500, 50, 1600, 1, 3),
+    "cpu": Profile(120, 1000, 40, 1024, 4, 128, 256, 8, 400, 500, 50, 2000, 1, 3),
     "gpu": Profile(1000, 8000, 60, 2048, 6, 384, 512, 32, 1200, 1000, 100, 4000, 8, 5),
 }
 
@@ -92,7 +92,7 @@ class QuickstartSettings:
     """factor on the steps of every stage"""
     rag: bool = False
     """also train on documents in the prompt, and build a knowledge base of people the model never heard of (on a CPU
-    about five minutes more, after which it does not yet cite reliably: docs/rag.md)"""
+    about five minutes more, after which it still confuses namesakes: docs/rag.md)"""
     rag_questions: int = 500
     """questions of each kind about the knowledge base at most"""
 

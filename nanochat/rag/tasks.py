@@ -54,13 +54,22 @@ def judge(conversation: dict[str, Any], completion: str) -> bool:
     return right and bool(cited) and set(cited) <= set(conversation["gold_numbers"])
 
 
+ALIKE = 0.5  # of the contexts and absent questions: names that share a word, as a search by words would bring them
+
+
+def namesakes(world: World, pool: range, entity: int) -> list[int]:
+    """Other entities whose names share a word with this one's."""
+    words = set(world.name(entity).split())
+    return [i for i in pool if i != entity and not words.isdisjoint(world.name(i).split())]
+
+
 class RagWorld:
     """`n` contexts of given documents, each with several questions.
 
     Every context comes from a world of its own (seeds from `seed` on), so that nothing can be known by heart. It holds
-    one to `documents` documents. `absent`: share of the questions that the documents do not answer: about somebody
-    else, or about something that no document states. `facts` > 0 cuts documents to so many sentences and takes them
-    from entities of one kind: then only the names tell them apart, which is the look-up that takes longest to learn.
+    one to `documents` documents, half of the time of namesakes (`ALIKE`). `absent`: share of the questions that the
+    documents do not answer: about somebody else, or about something that no document states. `facts` > 0 cuts documents
+    to so many sentences and takes them from entities of one kind: then only the names tell them apart.
     """
 
     eval_type = "generative"
@@ -84,7 +93,7 @@ class RagWorld:
     def __getitem__(self, i: int) -> dict[str, Any]:
         i = check_index(i, self.n)
         draws = Draws(mix(mix(0x4A6, self.seed), i))
-        world = World(draws.bits() >> 8, 10, 200)
+        world = World(draws.bits() >> 8, 10, 1000)
         pool = world.pool("new")
         entities = self.entities(world, pool, draws)
         stated: list[list[str]] = []
@@ -111,10 +120,11 @@ class RagWorld:
     def entities(self, world: World, pool: range, draws: Draws) -> list[int]:
         """Different entities, at most `documents` of them."""
         n = 1 + draws.below(self.n_documents)
-        kind = world.entity(draws.choice(pool)).kind if self.facts else None
-        shown: list[int] = []
+        shown = [draws.choice(pool)]
+        kind = world.entity(shown[0]).kind if self.facts else None
+        alike = namesakes(world, pool, shown[0]) if n > 1 and draws.below(1000) < 1000 * ALIKE else []
         while len(shown) < n:
-            entity = draws.choice(pool)
+            entity = draws.choice([i for i in alike if i not in shown] or pool)
             if entity not in shown and (kind is None or world.entity(entity).kind == kind):
                 shown.append(entity)
         return shown
@@ -138,8 +148,8 @@ class RagWorld:
         if kind < 400 * self.absent:
             return world.unstated(draws.choice(shown), draws.bits()), 0
         if kind < 1000 * self.absent:
-            while (entity := draws.choice(pool)) in shown:
-                pass
+            alike = namesakes(world, pool, draws.choice(shown)) if draws.below(1000) < 1000 * ALIKE else []
+            entity = draws.choice([i for i in alike or pool if i not in shown] or [i for i in pool if i not in shown])
             return world.question(entity, (draws.choice(list(world.entity(entity).facts)),), draws.bits()), 0
         place = draws.below(len(shown))
         return world.question(shown[place], (draws.choice(stated[place]),), draws.bits()), place + 1

@@ -63,7 +63,7 @@ class RagSettings(TrainSettings):
     """chat tasks mixed in, with what the knowledge base finds put before them"""
     epochs: float = 1.0
     """passes over the tasks, when no number of steps or tokens is given"""
-    lr_scale: float = 0.7
+    lr_scale: float = 0.35
     """factor on every learning rate"""
 
     def check(self) -> None:
@@ -169,7 +169,7 @@ def rag_tasks(
         contexts = RagWorld(**given)
         val.append(RagWorld(**{**given, "n": 64, "seed": given.get("seed", 0) + (1 << 40)}))
         if knowledge is None and settings.first > 0 and contexts.n_documents > 1:
-            easy = RagWorld(**{**given, "documents": 1, "absent": 0.0, "seed": given.get("seed", 0) + (1 << 41)})
+            easy = RagWorld(**{**given, "documents": 1, "seed": given.get("seed", 0) + (1 << 41)})
             return Curriculum([(settings.first, easy), (1.0, contexts)], n=contexts.n), val[0]
         train.append(contexts)
     return (train[0] if len(train) == 1 else Mixture(train)), (val[0] if len(val) == 1 else Mixture(val))

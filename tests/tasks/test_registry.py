@@ -41,7 +41,7 @@ def test_own_conversations(tmp_path: Path) -> None:
     ("spec", "message"),
     [
         ("gsm8", "unknown task 'gsm8'; did you mean 'gsm8k'"),
-        ("zzz", "unknown task 'zzz'; known are: arc, conversations"),
+        ("zzz", "unknown task 'zzz'; known are: arc, arithmetic, conversations"),
         ("world-qa:hop=2", "unknown option 'hop'; did you mean 'hops'"),
         ("world-qa:hops=two", "hops='two' is not a whole number"),
         ("world-qa:hops=4", "hops must be one of 1, 2, 3"),
