@@ -92,7 +92,7 @@ class QuickstartSettings:
     """factor on the steps of every stage"""
     rag: bool = False
     """also train on documents in the prompt, and build a knowledge base of people the model never heard of (on a CPU
-    about five minutes more, after which it still confuses namesakes: docs/rag.md)"""
+    about five minutes more, after which it still mixes documents up: docs/rag.md)"""
     rag_questions: int = 500
     """questions of each kind about the knowledge base at most"""
 
