@@ -8,7 +8,7 @@ of its own.
 from __future__ import annotations
 
 import json
-import pickle
+import pickle  # for the name of torch.load's error alone: nothing is unpickled here
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
