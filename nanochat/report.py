@@ -12,7 +12,7 @@ import datetime
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,12 @@ from nanochat import __version__, checkpoint, config, runtime
 from nanochat.errors import NanochatError, UsageError
 from nanochat.model.config import ModelConfig
 from nanochat.model.lm import LM
+from nanochat.rag.traces import Trace, read_traces
 from nanochat.report_html import page
 from nanochat.runtime import log
 
-STAGES = ("base", "mid", "sft", "rag")  # the order of stages; others follow by name
+STAGES = ("base", "mid", "sft", "rag")  # the order of stages
+LATER = ("refrag_sft", "refrag", "rl")  # these come behind them, others follow by name
 RANKED = {"base_eval": STAGES, "chat_eval": STAGES[::-1]}  # whose metric keeps its plain name, if stages share it
 
 
@@ -47,6 +49,7 @@ class Stage:
     records: list[dict[str, Any]]  # of log.jsonl
     config: dict[str, Any]
     meta: dict[str, Any] = field(default_factory=dict)  # of the newest checkpoint; empty before the first
+    traces: list[Trace] = field(default_factory=list)  # answers of the latest evaluation, where the stage keeps them
 
     def facts(self) -> dict[str, Any]:
         """Steps, tokens, seconds of training and so on: those of the newest checkpoint or log line."""
@@ -66,6 +69,13 @@ class Stage:
         }
         ends = {k: v for r in self.records for k, v in r.items() if k.startswith("val_")}
         shares = {k: v for k, v in metrics.items() if k.endswith("_share") or k.startswith("val_")}
+        if "best_step" in metrics:
+            found["best_step"] = int(metrics["best_step"])
+        rolled_back = [r for r in self.records if "rolled_back_to" in r]
+        if rolled_back:
+            found["rollbacks"] = [
+                {"step": r["step"], "to": r["rolled_back_to"], "reason": r["reason"]} for r in rolled_back
+            ]
         return found | {"metrics": ends | shares}
 
 
@@ -74,8 +84,8 @@ def write_report(run_dir: str | Path, extra: Mapping[str, Any] | None = None) ->
 
     extra: what the directory does not know, kept in report.json, and taken from there when None: "metrics" (as in the
     file; they win), "samples" (first in the list; each {"prompt", "text"} or {"task", "question", "answer", "gold",
-    "right"}), "timings" (label -> seconds, instead of the stages' own), "machine", "title". Raises UsageError when the
-    directory holds nothing of a run, NanochatError when the report cannot be written.
+    "right"}), "timings" (label -> seconds, before those of stages that are not among them), "machine", "title". Raises
+    UsageError when the directory holds nothing of a run, NanochatError when the report cannot be written.
     """
     run_dir = Path(run_dir)
     stages = read_stages(run_dir)
@@ -86,7 +96,8 @@ def write_report(run_dir: str | Path, extra: Mapping[str, Any] | None = None) ->
         extra = (read_json(run_dir / "report.json") or {}).get("extra", {})
     report = collect(run_dir, stages, evaluations, extra)
     _write(run_dir / "report.json", json.dumps(report, indent=1, ensure_ascii=False, default=str) + "\n")
-    _write(run_dir / "report.html", page(report, {stage.name: stage.records for stage in stages}))
+    logs = {stage.name: stage.records for stage in stages}
+    _write(run_dir / "report.html", page(report, logs, {stage.name: stage.traces for stage in stages}))
     return run_dir / "report.html"
 
 
@@ -95,7 +106,8 @@ def collect(
 ) -> dict[str, Any]:
     """The content of report.json."""
     facts = {stage.name: stage.facts() for stage in stages}
-    timings = extra.get("timings") or {name: fact["seconds"] for name, fact in facts.items()}
+    timings = dict(extra.get("timings", {}))
+    timings |= {name: fact["seconds"] for name, fact in facts.items() if name not in timings}
     samples = [*extra.get("samples", []), *(s for e in _latest_first(evaluations) for s in e.get("samples", []))]
     return {
         "version": __version__,
@@ -109,6 +121,7 @@ def collect(
         "machine": {**runtime.machine(), **extra.get("machine", {})},
         "evaluations": [{k: v for k, v in e.items() if k not in ("metrics", "samples")} for e in evaluations],
         "samples": samples,
+        "traces": {stage.name: [asdict(trace) for trace in stage.traces] for stage in stages if stage.traces},
         "configs": {stage.name: stage.config for stage in stages if stage.config},
         "extra": dict(extra),
     }
@@ -173,14 +186,25 @@ def read_stages(run_dir: Path) -> list[Stage]:
         records = read_log(path / "log.jsonl")
         if newest is None and not records:
             continue
-        stage = Stage(path.name, records, read_json(path / "config.json") or {})
+        stage = Stage(path.name, records, read_json(path / "config.json") or {}, traces=traces_of(path))
         if newest is not None:
             try:
                 stage.meta = checkpoint.read_meta(newest)
             except NanochatError as error:
                 log.warning("report: %s", error)
         stages.append(stage)
-    return sorted(stages, key=lambda s: (STAGES.index(s.name) if s.name in STAGES else len(STAGES), s.name))
+    order = (*STAGES, *LATER)
+    return sorted(stages, key=lambda s: (order.index(s.name) if s.name in order else len(order), s.name))
+
+
+def traces_of(stage_dir: Path) -> list[Trace]:
+    """The answers that a stage's evaluation kept; a damaged file is left out with a warning."""
+    path = stage_dir / "traces.jsonl"
+    try:
+        return read_traces(path) if path.is_file() else []
+    except NanochatError as error:
+        log.warning("report: %s", error)
+        return []
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

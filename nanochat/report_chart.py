@@ -1,19 +1,22 @@
 """Line charts as inline SVG, for the report: no script, no dependency; colours come from the page's CSS.
 
-Classes that the page styles: `chart`, `grid`, `axis`, `tick`, `label`, `s0`…`s2` (the series' colours) and `faint`.
+Classes that the page styles: `chart`, `grid`, `axis`, `mark`, `tick`, `label`, `s0`…`s2` (the series' colours),
+`faint`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import accumulate
+from typing import Any
 
 WIDTH, HEIGHT = 400, 260
 LEFT, RIGHT, TOP, BOTTOM = 46, 46, 50, 42
 MOST_POINTS = 600  # of one line; more cannot be told apart at this size
+SMOOTHED_FROM = 100  # points of a noisy curve
 LOG_FROM = 5.0  # largest / smallest value from which the axis is logarithmic
 
 Point = tuple[float, float]
@@ -28,6 +31,26 @@ class Series:
     color: int = 0
     faint: bool = False
     dots: bool = False
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A place on the x axis where something happened: a dashed line and a word."""
+
+    x: float
+    label: str
+
+
+def points(records: Iterable[dict[str, Any]], key: str) -> list[Point]:
+    """What the records of a log say of `key`, by step."""
+    return [(float(r["step"]), float(r[key])) for r in records if isinstance(r.get(key), int | float)]
+
+
+def curve(name: str, raw: Sequence[Point], color: int) -> list[Series]:
+    """A noisy curve: smoothed, with the raw one faint behind it; few points stay as they are."""
+    if len(raw) < SMOOTHED_FROM:
+        return [Series(name, raw, color)]
+    return [Series(name, smooth(raw), color), Series(name, raw, color, faint=True)]
 
 
 def smooth(points: Sequence[Point]) -> list[Point]:
@@ -106,8 +129,16 @@ def short(value: float) -> str:
     return f"{value:.3g}"
 
 
-def line_chart(title: str, series: Sequence[Series], x_label: str, y_label: str, log_y: bool | None = None) -> str:
-    """The chart, or "" when no series has a finite point. log_y None: logarithmic where values span a factor of 5."""
+def line_chart(
+    title: str,
+    series: Sequence[Series],
+    x_label: str,
+    y_label: str,
+    log_y: bool | None = None,
+    marks: Sequence[Mark] = (),
+) -> str:
+    """The chart, or "" when no series has a finite point. log_y None: logarithmic where values span a factor of 5.
+    Marks that lie outside of the curves are left out."""
     drawn = [Series(s.name, thin(found), s.color, s.faint, s.dots) for s in series if (found := finite(s.points))]
     if not drawn:
         return ""
@@ -123,6 +154,7 @@ def line_chart(title: str, series: Sequence[Series], x_label: str, y_label: str,
     y = Scale(low, high, HEIGHT - BOTTOM, TOP, log_y)
     body = [
         *_axes(x, y, x_label, y_label + (" (log scale)" if log_y else "")),
+        *(_mark(mark, x) for mark in marks if x.low <= mark.x <= x.high),
         *(_curve(s, x, y) for s in sorted(drawn, key=lambda s: not s.faint)),
         *_end_labels([s for s in drawn if not s.faint], y),
         *_hits([s for s in drawn if not s.faint], x, y, x_label),
@@ -150,6 +182,16 @@ def _axes(x: Scale, y: Scale, x_label: str, y_label: str) -> list[str]:
     parts.append(f'<text class="label" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
     parts.append(f'<text class="label" x="0" y="{TOP - 14}">{escape(y_label)}</text>')
     return parts
+
+
+def _mark(mark: Mark, x: Scale) -> str:
+    """A word at the line's side with more room."""
+    at, bottom = x(mark.x), HEIGHT - BOTTOM
+    side, gap = ("start", 4) if at < WIDTH / 2 else ("end", -4)
+    return (
+        f'<line class="mark" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{bottom}"/>'
+        f'<text class="tick" x="{at + gap:.1f}" y="{bottom - 6}" text-anchor="{side}">{escape(mark.label)}</text>'
+    )
 
 
 def _curve(series: Series, x: Scale, y: Scale) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nanochat.report_chart import Series, line_chart, short, smooth
+from nanochat.rag.traces import Trace
+from nanochat.report_chart import Series, curve, line_chart, points, short
+from nanochat.report_policy import is_policy, outcome, policy_charts
 from nanochat.report_style import STYLE, text
+from nanochat.report_traces import TRACE_STYLE, trace_cards
 
 # metric -> (what it is called on its tile, what it says); these come first, in this order
 HEADLINES = {
@@ -22,20 +25,28 @@ STAGE_TITLES = {
     "mid": "Mid: text and conversations",
     "sft": "SFT: fine-tuning on conversations",
     "rag": "RAG: fine-tuning on documents in the prompt",
+    "refrag_sft": "REFRAG, supervised: searches of somebody who knows the way",
+    "refrag": "REFRAG: reinforcement learning on the model's own searches",
+    "rl": "RL: reinforcement learning on tasks that judge answers",
 }
 SHARES = ("_accuracy", "_abstained", "_abstain", "_em", "_always_first", "_random_weights", "_chance", "_share")
 BLOCKS = {"T": (0, "attention"), "M": (1, "Mamba"), "M2": (2, "Mamba-2")}
 MOST_SAMPLES = 12  # of one kind or task
-SMOOTHED_FROM = 100  # points of a noisy curve
+MOST_TRACES = 8  # of one stage
 
 
-def page(report: Mapping[str, Any], logs: Mapping[str, Sequence[dict[str, Any]]]) -> str:
-    """The whole page. `report` is what report.json holds, `logs` the log records by stage."""
+def page(
+    report: Mapping[str, Any],
+    logs: Mapping[str, Sequence[dict[str, Any]]],
+    traces: Mapping[str, Sequence[Trace]] | None = None,
+) -> str:
+    """The whole page. `report` is what report.json holds, `logs` the log records by stage, `traces` answers of it."""
+    traces = traces or {}
     title = report["title"] or f"nanochat: {report['run']}"
     sections = [
         header(title, report),
         tiles(report["metrics"]),
-        *(stage(name, facts, logs.get(name, ())) for name, facts in report["stages"].items()),
+        *(stage(name, facts, logs.get(name, ()), traces.get(name, ())) for name, facts in report["stages"].items()),
         metrics_table(report["metrics"]),
         samples(report["samples"]),
         timings(report["timings"]),
@@ -46,7 +57,7 @@ def page(report: Mapping[str, Any], logs: Mapping[str, Sequence[dict[str, Any]]]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{text(title)}</title><style>{STYLE}</style></head>\n<body><main>\n"
+        f"<title>{text(title)}</title><style>{STYLE}{TRACE_STYLE}</style></head>\n<body><main>\n"
         + "\n".join(filter(None, sections))
         + f"\n<footer>nanochat {text(report['version'])}, written {text(report['written'])}</footer>"
         + "</main></body></html>\n"
@@ -161,8 +172,10 @@ def whisker(metric: Mapping[str, float]) -> str:
 # ---- stages
 
 
-def stage(name: str, facts: Mapping[str, Any], records: Sequence[dict[str, Any]]) -> str:
-    """Facts and curves of one stage."""
+def stage(
+    name: str, facts: Mapping[str, Any], records: Sequence[dict[str, Any]], traces: Sequence[Trace] = ()
+) -> str:
+    """Facts and curves of one stage; of reinforcement learning also what became of it, and a few answers."""
     steps = f"{facts['step']:,}" + (f" of {facts['n_steps']:,}" if facts["n_steps"] > facts["step"] else "")
     shown = {
         "steps": steps,
@@ -173,9 +186,18 @@ def stage(name: str, facts: Mapping[str, Any], records: Sequence[dict[str, Any]]
         **{measure(key): f"{value:.4g}" for key, value in facts["metrics"].items() if key.startswith("val_")},
     }
     items = "".join(f"<div><dt>{text(key)}</dt><dd>{text(value)}</dd></div>" for key, value in shown.items())
-    charts = "".join(f"<figure>{chart}</figure>" for chart in stage_charts(name, records) if chart)
-    body = f'<dl class="facts">{items}</dl><div class="charts">{charts}</div>'
+    drawn = policy_charts(name, records, facts) if is_policy(records) else stage_charts(name, records)
+    charts = "".join(f"<figure>{chart}</figure>" for chart in drawn if chart)
+    body = f'<dl class="facts">{items}</dl>{outcome(facts)}<div class="charts">{charts}</div>'
+    if traces:
+        body += f"<h3>Answers of its last evaluation, step by step</h3>{trace_cards(few(traces))}"
     return section(STAGE_TITLES.get(name, name), body, name)
+
+
+def few(traces: Sequence[Trace]) -> list[Trace]:
+    """At most MOST_TRACES of them, evenly spread: evaluations write one task after the other."""
+    n = min(len(traces), MOST_TRACES)
+    return [traces[i * len(traces) // n] for i in range(n)]
 
 
 def measure(key: str) -> str:
@@ -196,17 +218,6 @@ def stage_charts(name: str, records: Sequence[dict[str, Any]]) -> list[str]:
         line_chart(f"Bits per byte of {name}", [bits], "steps", "bits per byte"),
         line_chart(f"Gradient norm of {name}", norm, "steps", "norm before clipping"),
     ]
-
-
-def curve(name: str, raw: Sequence[tuple[float, float]], color: int) -> list[Series]:
-    """A noisy curve: smoothed, with the raw one faint behind it; few points stay as they are."""
-    if len(raw) < SMOOTHED_FROM:
-        return [Series(name, raw, color)]
-    return [Series(name, smooth(raw), color), Series(name, raw, color, faint=True)]
-
-
-def points(records: Iterable[dict[str, Any]], key: str) -> list[tuple[float, float]]:
-    return [(float(r["step"]), float(r[key])) for r in records if isinstance(r.get(key), int | float)]
 
 
 def timings(seconds: Mapping[str, float]) -> str:

@@ -31,7 +31,7 @@ header p{margin:0 0 12px;color:var(--soft)}
 .big{font-size:30px;font-weight:650;line-height:1.25;letter-spacing:-.02em}
 .note{color:var(--faint);font-size:12.5px}
 section{padding:18px 20px;margin-bottom:16px}
-h2{font-size:17px;margin:0 0 12px}
+h2{font-size:17px;margin:0 0 12px}h3{font-size:14px;margin:16px 0 8px}
 .facts{display:flex;flex-wrap:wrap;gap:8px 28px;margin:0 0 10px}
 .facts dt{color:var(--faint);font-size:12.5px}.facts dd{margin:0;font-weight:600;font-variant-numeric:tabular-nums}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(330px,100%),1fr));gap:8px 28px}
@@ -42,6 +42,7 @@ figure{margin:0;max-width:680px}
 .chart .key{font-size:12.5px;fill:var(--ink)}
 .chart .end{font-size:12px;font-weight:600;font-variant-numeric:tabular-nums}
 .grid{stroke:var(--rule);stroke-width:1}.axis{stroke:var(--faint);stroke-width:1}
+.mark{stroke:var(--soft);stroke-width:1.2;stroke-dasharray:4 3}
 .line{fill:none;stroke-width:2.2;stroke-linejoin:round;stroke-linecap:round}
 .line.s0{stroke:var(--s0)}.line.s1{stroke:var(--s1)}.line.s2{stroke:var(--s2)}
 .line.faint{stroke-width:1;opacity:.32}

@@ -144,3 +144,7 @@ def test_tiny_ones_train(name: str, out_dir: Path) -> None:
             (train_refrag, RefragSettings, "refrag_tiny"),
         ):
             assert train(config.parse(stage, [path_of(file), *flags]))["final"] == 1.0
+        page = (out_dir / name / "report.html").read_text(encoding="utf-8")
+        for title in ("Reward, rl", "Reward: answer, rl", "Entropy, rl", "Reward: relevance, refrag"):
+            assert f'aria-label="{title}"' in page
+        assert page.count('<article class="trace">') == 4 + 8  # of one task, and of two

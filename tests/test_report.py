@@ -200,7 +200,7 @@ def test_extra_wins_and_is_kept_by_a_later_report(run):
     assert first["metrics"]["train_seconds"]["value"] == 99.0
     assert second["samples"][0] == sample
     assert len(second["samples"]) == 3  # not repeated
-    for words in ("My run", "Time: 1 min 2 s", "tokenizer 2 s", "Known facts answered", "90.0%", "✓ right"):
+    for words in ("My run", "Time: 1 min 14 s", "tokenizer 2 s", "Known facts answered", "90.0%", "✓ right"):
         assert words in page.text
 
 

@@ -158,7 +158,7 @@ def write_traces(path: str | Path, traces: Iterable[Trace]) -> None:
     lines = "".join(json.dumps(asdict(trace), ensure_ascii=False) + "\n" for trace in traces)
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(lines, encoding="utf-8")
+        Path(path).write_text(lines, encoding="utf-8", errors="backslashreplace")  # lone surrogates, as JSON has them
     except OSError as error:
         raise NanochatError(f"cannot write {path}: {error.strerror or error}") from None
 

@@ -36,7 +36,7 @@ from nanochat.training.commands import (
     start,
     train_on_tasks,
 )
-from nanochat.training.rl_commands import PolicySettings, train_policy
+from nanochat.training.rl_commands import PolicySettings, extend_report, train_policy
 from nanochat.training.settings import TrainSettings
 from nanochat.training.supervised import ChatSource
 
@@ -215,6 +215,7 @@ def train_refrag(settings: RefragSettings, own: Mapping[str, Reward | RewardMode
         metrics = warm_start(settings, levels, tokenizer, rt, context)
         settings = replace(settings, source=str(run_dir(settings) / "refrag_sft"))
     if not settings.use_rewards:
+        extend_report(settings, rt)
         return metrics
     play = settings.play(max_calls=settings.max_hops, max_result_tokens=settings.result_tokens(context))
     tools = partial(search_tools, tokenizer, settings.top_k)

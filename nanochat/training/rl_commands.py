@@ -13,10 +13,11 @@ from typing import Any
 
 from nanochat import config
 from nanochat.engine.tools import Calculator
-from nanochat.errors import UsageError
+from nanochat.errors import NanochatError, UsageError
 from nanochat.model.lm import LM
 from nanochat.rag.rewards import CHAT_WEIGHTS, Reward, RewardModel, Rewards, read_weights
-from nanochat.runtime import Runtime
+from nanochat.report import write_report
+from nanochat.runtime import Runtime, log
 from nanochat.tasks.registry import open_task
 from nanochat.tasks.task import Task
 from nanochat.tokenizer import Tokenizer
@@ -194,7 +195,19 @@ def train_policy(
     def make(directory: Any) -> PolicyTrainer:
         return PolicyTrainer(stage, model, tokenizer, settings, rt, directory, n_steps, n_micro, settings.keep_best)
 
-    return run_stage(name, settings, model, rt, n_steps, size, make)
+    metrics = run_stage(name, settings, model, rt, n_steps, size, make)
+    extend_report(settings, rt)
+    return metrics
+
+
+def extend_report(settings: TrainSettings, rt: Runtime) -> None:
+    """The run's report, with what was just trained. A run whose report cannot be written is trained nonetheless."""
+    if not rt.is_main:
+        return
+    try:
+        log.info("report: %s", write_report(run_dir(settings)))
+    except NanochatError as error:
+        log.warning("the report was not written: %s", error)
 
 
 def train_chat_rl(settings: ChatRLSettings) -> dict[str, float]:

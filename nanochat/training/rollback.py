@@ -19,6 +19,7 @@ from nanochat.training.policy import PolicyStage
 from nanochat.training.settings import TrainSettings
 
 JUDGED_BY = "val_reward"
+TRACES = "traces.jsonl"  # answers of the latest evaluation, in the stage directory; of the best, in best/
 
 
 class PolicyTrainer(Trainer):
@@ -113,7 +114,7 @@ class PolicyTrainer(Trainer):
         super().evaluate()
         self.evaluated = self.progress.step
         if self.runtime.is_main:
-            write_traces(self.directory / "traces.jsonl", self.policy.traces)
+            write_traces(self.directory / TRACES, self.policy.traces)
         value = self.progress.metrics[JUDGED_BY]
         if value > self.best:
             self.best, self.best_step = value, self.progress.step
@@ -130,13 +131,16 @@ class PolicyTrainer(Trainer):
             "metrics": dict(self.progress.metrics),
         }
         checkpoint.save(self.best_dir, self.progress.step, {"model": self.model.state_dict()}, meta, keep_last=1)
+        write_traces(self.best_dir / TRACES, self.policy.traces)
 
     def restore_best(self) -> None:
-        """The best weights, and what they were measured with."""
+        """The best weights, what they were measured with, and their answers."""
         saved = checkpoint.load(self.best_dir / f"step_{self.best_step:06d}")
         self.model.load_state_dict(saved.tensors["model"])
         self.progress.metrics = {name: float(value) for name, value in saved.meta["metrics"].items()}
         self.evaluated = self.progress.step
+        if self.runtime.is_main and (self.best_dir / TRACES).is_file():
+            shutil.copyfile(self.best_dir / TRACES, self.directory / TRACES)
 
     def roll_back(self, reason: str) -> None:
         """Stop, with the weights of the best evaluation."""
@@ -145,6 +149,8 @@ class PolicyTrainer(Trainer):
             "the policy collapsed at step %d: %s. Back to step %d (%s %.4f), and no further. A lower --lr_scale, --kl "
             "or more --n_samples help; see docs/rl.md", self.progress.step, reason, self.best_step, JUDGED_BY, self.best
         )  # fmt: skip
+        p = self.progress
+        self.log.write({"step": p.step, "tokens": p.tokens, "rolled_back_to": self.best_step, "reason": reason})
         self.optimizers.zero_grad()
         self.restore_best()
 

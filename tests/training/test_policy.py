@@ -16,6 +16,7 @@ from tiny import assert_identical, copy_run, saved
 from nanochat import checkpoint
 from nanochat.errors import NanochatError, UsageError
 from nanochat.rag import rewards
+from nanochat.rag.traces import read_traces
 from nanochat.training import play
 from nanochat.training.loop import Trainer
 from nanochat.training.policy import PolicyStage
@@ -115,6 +116,12 @@ def test_a_run_that_collapses_is_rolled_back(root: Path, monkeypatch: pytest.Mon
     start, end = (saved(root, stage) for stage in ("sums", "rl"))
     weights = [name for name in start if name.startswith("model/")]
     assert all(torch.equal(start[name], end[name]) for name in weights)
+    report = json.loads((root / "tiny" / "report.json").read_text())
+    (rollback,) = report["stages"]["rl"]["rollbacks"]
+    assert (rollback["step"], rollback["to"]) == (steps[-1], 0)
+    assert rollback["reason"] in (root / "tiny" / "report.html").read_text()
+    best = read_traces(root / "tiny" / "rl" / "best" / "traces.jsonl")  # the answers of the weights that it ends with
+    assert read_traces(root / "tiny" / "rl" / "traces.jsonl") == best
     again = train_rl(root, tasks=(few,), **options)
     assert again["collapsed"] == 1.0
     assert [record["step"] for record in rounds(root)] == steps  # nothing was trained on top
