@@ -49,7 +49,8 @@ class Reader(SearchesPassages):
         self._view = view
         self._pinned = pinned  # a view of one version, which `refresh` leaves alone
         self._embedder = embedder
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # held by a change from its beginning to its end
+        self._refreshing = threading.Lock()
         self._closed = False
 
     # -- opening -------------------------------------------------------------------------------------------------------
@@ -83,15 +84,23 @@ class Reader(SearchesPassages):
         return type(self)(self.path, view, self._embedder, read_only=True, pinned=True)
 
     def refresh(self) -> bool:
-        """Move on to the newest version; whether there was a newer state."""
+        """Move on to the newest version; whether there was a newer state.
+
+        While another thread changes the documents through this object, which may take minutes, it is on the newest
+        version and moves on by itself: nothing waits for the change."""
         self._check_open()
         if self._pinned:
             return False
-        with self._lock:
-            if manifest.read(self.path).serial == self._view.manifest.serial:
+        with self._refreshing:
+            if not self._lock.acquire(blocking=False):
                 return False
-            self._view = open_view(self.path, None, self._view)
-            return True
+            try:
+                if manifest.read(self.path).serial == self._view.manifest.serial:
+                    return False
+                self._view = open_view(self.path, None, self._view)
+                return True
+            finally:
+                self._lock.release()
 
     def close(self) -> None:
         """Let go of the files; nothing can be done with it afterwards."""

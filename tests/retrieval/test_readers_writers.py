@@ -39,6 +39,36 @@ def test_a_reader_keeps_its_version_until_it_refreshes(kb: KnowledgeBase) -> Non
         assert (reader.search("moon"), ids(reader.search("star")), reader.version) == ([], ["sun"], 3)
 
 
+def test_a_change_that_takes_long_keeps_no_reader_waiting(kb: KnowledgeBase) -> None:
+    kb.add([MOON])
+    held, go_on = threading.Event(), threading.Event()
+
+    def slow() -> Iterator[Document]:
+        held.set()
+        go_on.wait(20)
+        yield SUN
+
+    found: list[list[str]] = []
+
+    def read() -> None:
+        kb.refresh()
+        found.append(ids(kb.search("moon")))
+
+    writer = threading.Thread(target=lambda: kb.add(slow()))
+    writer.start()
+    try:
+        assert held.wait(10)
+        reader = threading.Thread(target=read)
+        reader.start()
+        reader.join(10)
+        assert found == [["moon"]]
+    finally:
+        go_on.set()
+        writer.join(20)
+    assert not kb.refresh()  # the change has moved it on
+    assert ids(kb.search("star")) == ["sun"]
+
+
 def test_two_writers_take_turns(kb: KnowledgeBase) -> None:
     with KnowledgeBase.open(kb.path, lock_timeout=0.05) as second:
         kb.add([MOON])
