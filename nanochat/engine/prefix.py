@@ -263,6 +263,12 @@ def message_boundaries(ids: Sequence[int], tokenizer: Tokenizer, spacing: int = 
     return chosen[1:]
 
 
+def turn_boundaries(ids: Sequence[int], tokenizer: Tokenizer, spacing: int = 0) -> list[int]:
+    """As `message_boundaries`, and before the last token, however few come before: the next turn of the conversation
+    goes on from there."""
+    return [*message_boundaries(ids, tokenizer, spacing), len(ids) - 1]
+
+
 _ID = np.dtype(np.int32)
 
 

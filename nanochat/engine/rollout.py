@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from nanochat.engine.generate import MAX_ROWS, NOT_FINITE, Batch, Prompt, n_fresh, read_in_groups
-from nanochat.engine.prefix import Begun
+from nanochat.engine.prefix import Begun, PrefixCache, turn_boundaries
 from nanochat.engine.sampling import Sampling, Stream, sample
 from nanochat.engine.tools import Call, Request, Tool
 from nanochat.errors import NanochatError, UsageError
@@ -92,12 +92,16 @@ def steps(
     eos: Sequence[int] | None = None,
     until: Callable[[int, int], bool] | None = None,
     streams: Sequence[int] | None = None,
+    prefix_cache: PrefixCache | None = None,
     **limits: Any,
 ) -> Iterator[list[Step]]:
     """As `rollouts`, step by step: what each row just got. `until` is asked about every token that was sampled (number
     of the row, token) and may end the row with it. `streams`: a number for each prompt, whose samples then have random
-    numbers of their own; without, prompts share theirs, and samples of equal rank are lucky together."""
-    runner = _Runner(model, tokenizer, sampling or Sampling(), tools, Limits(max_calls, **limits), eos, until)
+    numbers of their own; without, prompts share theirs, and samples of equal rank are lucky together. `prefix_cache`:
+    go on from the beginnings of prompts that it holds, and store the states after messages: for conversations that come
+    back."""
+    chosen, allowed = sampling or Sampling(), Limits(max_calls, **limits)
+    runner = _Runner(model, tokenizer, chosen, tools, allowed, eos, until, prefix_cache)
     return runner.run(prompts, n, max_rows, streams)
 
 
@@ -175,11 +179,14 @@ class _Runner:
         limits: Limits,
         eos: Sequence[int] | None,
         until: Callable[[int, int], bool] | None,
+        prefixes: PrefixCache | None,
     ) -> None:
         if sampling.stop:
             raise UsageError("rollouts know no stop strings: leave `stop` empty, and end rows with `until`")
         self.model, self.tokenizer, self.sampling, self.limits = model, tokenizer, sampling, limits
-        self.until = until
+        self.until, self.prefixes = until, prefixes
+        if prefixes is not None:
+            prefixes.bind(model)
         self.eos = frozenset((tokenizer.eot, tokenizer.bos) if eos is None else eos)
         self.context = model.config.sequence_len
         self.tools = {tokenizer.special(tool.start): tool for tool in tools}
@@ -204,11 +211,18 @@ class _Runner:
             n_admitted = n_fresh(len(waiting), len(batch.rows) + len(self.paused), n, max_rows)
             if n_admitted:
                 groups = [waiting.popleft() for _ in range(n_admitted)]
-                batch.admit([row for group in groups for row in group], [Prompt(g[0].prompt) for g in groups], n, None)
+                read = [self.prompt(group[0].prompt) for group in groups]
+                batch.admit([row for group in groups for row in group], read, n, self.prefixes)
             if self.paused and 4 * len(self.paused) >= len(batch.rows):  # calls are cheaper together, full batches too
                 yield self.resume()
             if batch.rows:
                 yield self.advance()
+
+    def prompt(self, ids: Sequence[int]) -> Prompt:
+        """Token ids, and where a prefix cache takes snapshots."""
+        if self.prefixes is None:
+            return Prompt(ids)
+        return Prompt(ids, turn_boundaries(ids, self.tokenizer, self.prefixes.spacing))
 
     def row(self, number: int, of_prompt: int, prompt: Sequence[int], nth: int) -> _Row:
         # The last token sampled is not fed back, so it needs no place in the context.

@@ -32,6 +32,7 @@ from nanochat.rag.tasks import as_document
 from nanochat.retrieval.document import Document
 from nanochat.runtime import log
 
+LONGEST = {"rag": 64, "refrag": 128}  # tokens of an answer, by mode
 RETRIEVER_TYPES = ("simple", "bm25", "dense", "hybrid")
 
 
@@ -70,8 +71,8 @@ class RagEvalSettings(EvalSettings):
     """questions that have an answer (0: all of a file)"""
     max_unanswerable: int = 500
     """questions that nothing answers (0: all of a file, none of a world)"""
-    max_tokens: int = 64
-    """longest answer"""
+    max_tokens: int | None = None
+    """longest answer (default: 64; with --mode refrag 128: what leads to the answer counts too)"""
     temperature: float = 0.0
     """0: always the most likely token"""
     contrast: bool = False
@@ -81,6 +82,11 @@ class RagEvalSettings(EvalSettings):
     samples: int = 6
     """answers of each column to keep in the JSON file"""
 
+    @property
+    def longest(self) -> int:
+        """Tokens that an answer may have."""
+        return LONGEST[self.mode] if self.max_tokens is None else self.max_tokens
+
     def check(self, files: bool = False) -> None:
         """Raises one UsageError for all flags that are wrong, and with `files` for those that name nothing."""
         problems = []
@@ -89,8 +95,8 @@ class RagEvalSettings(EvalSettings):
             "max_unanswerable": 0, "max_tokens_documents": 0, "latency_questions": 0, "samples": 0,
         }  # fmt: skip
         for flag, low in least.items():
-            if getattr(self, flag) < low:
-                problems.append(f"--{flag} {getattr(self, flag)}: must be at least {low}")
+            if (value := getattr(self, flag)) is not None and value < low:
+                problems.append(f"--{flag} {value}: must be at least {low}")
         if self.retriever_type not in (None, *RETRIEVER_TYPES):
             problems.append(f"--retriever_type {self.retriever_type}: must be one of {', '.join(RETRIEVER_TYPES)}")
         if self.order not in ORDERS:
@@ -127,7 +133,7 @@ def evaluate_rag_settings(settings: RagEvalSettings) -> RagResult:
             )  # fmt: skip
         options = Options(
             settings.top_k, settings.order, settings.max_tokens_documents, settings.batch_size,
-            Sampling(max_tokens=settings.max_tokens, temperature=settings.temperature, seed=settings.seed),
+            Sampling(max_tokens=settings.longest, temperature=settings.temperature, seed=settings.seed),
             settings.contrast, None, settings.latency_questions, settings.seed, progress=True,
         )  # fmt: skip
         result = measure(settings, loaded, knowledge, questions, options)

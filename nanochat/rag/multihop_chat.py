@@ -17,6 +17,7 @@ from itertools import chain
 from typing import Any
 
 from nanochat.engine.generate import Completion
+from nanochat.engine.prefix import PrefixCache
 from nanochat.engine.rollout import MAX_CALL_TOKENS, Rollout, Step, steps
 from nanochat.engine.sampling import make_sampling
 from nanochat.engine.text import TextStream
@@ -45,7 +46,9 @@ class MultiHopChat:
     """A model that searches a knowledge base while it answers. Several conversations and threads may share one.
 
     knowledge: anything with `search(queries, k)`. max_hops: searches an answer. top_k: documents a search. query,
-    select, stop: see `rag.multihop`. Raises UsageError for values out of range and an empty knowledge base.
+    select, stop: see `rag.multihop`. cache: keeps the states of conversations, so that the next turn reads only what
+    is new (None: one of its own of 256 MB; `PrefixCache(0)`: none). Raises UsageError for values out of range and an
+    empty knowledge base.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class MultiHopChat:
         query: Query = as_written,
         select: Select | None = None,
         stop: Stop | None = None,
+        cache: PrefixCache | None = None,
         calibration: Calibration = DEFAULT,
     ) -> None:
         if max_hops < 0:
@@ -67,6 +71,7 @@ class MultiHopChat:
             raise UsageError("the knowledge base holds no documents: add some, and ask then")
         self.model, self.tokenizer, self.knowledge = model, tokenizer, knowledge
         self.max_hops, self.top_k, self.calibration = max_hops, top_k, calibration
+        self.cache = PrefixCache() if cache is None else cache
         self.hooks: dict[str, Any] = {"query": query, "select": select, "stop": stop}
         self.tool("")  # so that values out of range are told at once
 
@@ -103,7 +108,7 @@ class MultiHopChat:
         running = steps(
             self.model, self.tokenizer, [self.tokenizer.render_prompt({"messages": shown}, limit).ids],
             replace(chosen, max_tokens=longest, stop=()), 1, [self.tool(question)], self.max_hops,
-            at_limit="forbid", until=visible.push,
+            at_limit="forbid", until=visible.push, prefix_cache=self.cache if self.cache.max_bytes else None,
         )  # fmt: skip
         for step in chain.from_iterable(running):
             visible.read(step)

@@ -223,7 +223,9 @@ def _searching(
     if (body.n or 1) > 1 or body.logprobs:
         raise ApiError(400, "an answer with multi_hop comes alone, without logprobs", param="retrieval.multi_hop")
     searcher = service.shelf.searcher(wanted.knowledge_base, wanted.mode)
-    chat = MultiHopChat(served.chat.model, served.chat.tokenizer, searcher, top_k=wanted.top_k or HOP_K)
+    cache = PrefixCache(0) if served.scheduler.prefixes is None else served.scheduler.prefixes
+    top_k = wanted.top_k or HOP_K
+    chat = MultiHopChat(served.chat.model, served.chat.tokenizer, searcher, top_k=top_k, cache=cache)
     return Search(chat, body.conversation(), sampling, service.settings.max_seconds)
 
 

@@ -5,6 +5,7 @@ import torch
 from puppet import Puppet
 from test_generate import PATTERNS, TOKENIZER, build, prompts
 
+from nanochat.engine.prefix import PrefixCache
 from nanochat.engine.rollout import rollouts, steps
 from nanochat.engine.sampling import Sampling
 from nanochat.engine.tools import Calculator, Request, Result
@@ -87,6 +88,19 @@ def test_what_is_sampled_has_the_models_probability_and_results_are_the_tools(pa
         assert [not each for each in inside] == one.sampled
     few = rollouts(model, TOKENIZER, given, sampling, 2, [Calculator()], 4, max_call_tokens=30, max_rows=3)
     assert [one.ids for one in few] == [one.ids for one in found]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_prefix_cache_changes_nothing(pattern):
+    model, cache = build(pattern, sequence_len=400), PrefixCache(spacing=4)
+    said = [TOKENIZER.render_prompt({"messages": [{"role": "user", "content": "Hello"}]}).ids]
+    said.append([*said[0], *b"Hi.", EOT, *said[0][1:]])
+    for given in said:
+        plain = rollouts(model, TOKENIZER, [given], Sampling(12, 0.0), 2)
+        assert [one.ids for one in rollouts(model, TOKENIZER, [given], Sampling(12, 0.0), 2, prefix_cache=cache)] == [
+            one.ids for one in plain
+        ]
+    assert cache.tokens_saved == len(said[0]) - 1
 
 
 def test_nothing_is_read_twice_and_calls_go_together():

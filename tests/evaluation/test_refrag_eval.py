@@ -179,3 +179,11 @@ def test_wrong_flags_are_listed():
         rag_commands.RagEvalSettings(hops=(4,), max_hops=0, conditions=("refrag",)).check()
     for part in ("--hops 4", "--max_hops 0", "--conditions refrag: must be among closed_book, rag"):
         assert part in str(caught.value)
+
+
+def test_the_longest_answer_is_longer_where_the_model_searches():
+    longest = {mode: rag_commands.RagEvalSettings(mode=mode).longest for mode in ("rag", "refrag")}
+    assert longest == {"rag": 64, "refrag": 128}
+    assert rag_commands.RagEvalSettings(mode="refrag", max_tokens=7).longest == 7
+    with pytest.raises(UsageError, match="--max_tokens 0"):
+        rag_commands.RagEvalSettings(max_tokens=0).check()

@@ -4,6 +4,7 @@ import pytest
 from puppet import Puppet, searcher
 from test_multihop import DOCUMENTS, TOKENIZER, Shelf
 
+from nanochat.engine.prefix import PrefixCache
 from nanochat.errors import NanochatError, UsageError
 from nanochat.rag.multihop_chat import MultiHopChat
 
@@ -100,6 +101,30 @@ def test_a_search_that_fails_is_an_error():
 
     with pytest.raises(NanochatError, match="the knowledge base is gone"):
         build(knowledge=Gone()).chat(QUESTION)
+
+
+def test_a_second_turn_reads_only_what_is_new():
+    """The answers, and everything searched, are those without a cache."""
+    plain, cached = build(cache=PrefixCache(0)), build()
+    said, read = [], {plain: [], cached: []}
+    for question in (QUESTION, "And the river of Orvane?", QUESTION):
+        said.append({"role": "user", "content": question})
+        before = [chat.model.n_read for chat in (plain, cached)]
+        one, other = plain.chat(said), cached.chat(said)
+        assert one.rollout.prompt == other.rollout.prompt
+        assert (one.rollout.ids, one.text, one.hops) == (other.rollout.ids, other.text, other.hops)
+        for chat, n in zip((plain, cached), before):
+            read[chat].append(chat.model.n_read - n)
+        said.append({"role": "assistant", "content": one.text})
+    saved = [a - b for a, b in zip(read[plain], read[cached])]
+    assert saved[0] == 0
+    first = len(TOKENIZER.render_prompt({"messages": said[:1]}).ids)
+    assert saved[1] == first - 1  # the whole prompt of the turn before, but the token that begins an answer
+    assert saved[2] > 2 * first
+    assert sum(saved) == cached.cache.tokens_saved
+    again = build(cache=cached.cache)
+    with pytest.raises(UsageError, match="states of another model"):
+        again.chat(QUESTION)
 
 
 def test_wrong_arguments_are_refused():
