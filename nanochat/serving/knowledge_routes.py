@@ -44,8 +44,7 @@ async def get(name: str, service: Served) -> Record:
 async def delete(name: str, service: Served) -> Record:
     """Delete it with all its documents."""
     _check_writable(service)
-    if service.uploads.busy(name):
-        raise ApiError(409, "files are on their way into this knowledge base; wait for them", code="busy")
+    _check_idle(service, name)
     await service.run(service.shelf.delete, name)
     return {"id": name, "object": "knowledge_base.deleted", "deleted": True}
 
@@ -89,6 +88,7 @@ async def list_documents(
 async def delete_document(name: str, id: str, service: Served) -> Record:
     """Delete one document."""
     _check_writable(service)
+    _check_idle(service, name)  # one change at a time: this one would wait on a thread that others need
 
     def go() -> int:
         return service.shelf.open(name).delete(id).deleted
@@ -135,3 +135,8 @@ async def embed(body: EmbeddingRequest, service: Served) -> Record:
 def _check_writable(service: Service) -> None:
     if not service.settings.uploads:
         raise ApiError(403, "this server's knowledge bases cannot be changed (no_uploads)", code="read_only")
+
+
+def _check_idle(service: Service, name: str) -> None:
+    if service.uploads.busy(name):
+        raise ApiError(409, "files are on their way into this knowledge base; wait for them", code="busy")

@@ -16,7 +16,8 @@ LINGER_SECONDS = 2.0  # for the answer to arrive while a refused body is still b
 
 
 def make_protocol(seconds: float) -> type[H11Protocol]:
-    """A protocol that gives a client so many seconds to send the head of a request, and to read what waits for it."""
+    """A protocol that gives a client so many seconds to send the head of a request, and to read what waits for it; 0:
+    as many as it likes."""
 
     class TimedProtocol(H11Protocol):
         head_timer: asyncio.TimerHandle | None = None
@@ -24,7 +25,7 @@ def make_protocol(seconds: float) -> type[H11Protocol]:
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            self.head_timer = self.loop.call_later(seconds, transport.abort)
+            self.head_timer = self._start()
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
@@ -38,7 +39,7 @@ def make_protocol(seconds: float) -> type[H11Protocol]:
 
         def pause_writing(self) -> None:
             super().pause_writing()
-            self.read_timer = self.read_timer or self.loop.call_later(seconds, self.transport.abort)
+            self.read_timer = self.read_timer or self._start()
 
         def resume_writing(self) -> None:
             super().resume_writing()
@@ -55,7 +56,10 @@ def make_protocol(seconds: float) -> type[H11Protocol]:
             if not waits:
                 self._stop("head_timer")
             elif self.head_timer is None:
-                self.head_timer = self.loop.call_later(seconds, self.transport.abort)
+                self.head_timer = self._start()
+
+        def _start(self) -> asyncio.TimerHandle | None:
+            return self.loop.call_later(seconds, self.transport.abort) if seconds else None
 
         def _stop(self, name: str) -> None:
             timer: Any = getattr(self, name)

@@ -67,7 +67,7 @@ class ServeSettings:
     max_seconds: float = 600.0
     """longest time for one answer, waiting included"""
     idle_seconds: float = 30.0
-    """longest wait for a client that sends its request, or reads its answer, too slowly"""
+    """longest wait for a client that sends its request, or reads its answer, too slowly (0: no limit)"""
     drain_seconds: float = 30.0
     """at SIGTERM: time for the answers that are being written"""
     quantize: Literal["fp32", "bf16", "int8"] | None = None

@@ -78,8 +78,16 @@ def test_an_address_in_use_is_told_before_models_are_loaded():
         port = taken.getsockname()[1]
         with pytest.raises(NanochatError, match=f"port {port}.*--port"):
             chat_web(["--port", str(port), "--out_dir", "/nowhere"])
-    with pytest.raises(UsageError, match="--host"):
-        listen("no.such.host.invalid", 0)
+    for nowhere in ("no.such.host.invalid", "a" * 70):
+        with pytest.raises(UsageError, match="--host"):
+            listen(nowhere, 0)
+
+
+def test_no_limit_on_slow_clients(start):
+    with start(idle_seconds=0).client() as client:
+        for _ in range(2):
+            assert client.get("/health").status_code == 200
+            time.sleep(0.05)
 
 
 START = "import sys; from nanochat.serving.server import chat_web; sys.exit(chat_web(sys.argv[1:]))"

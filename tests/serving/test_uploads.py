@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 
 from nanochat.errors import UsageError
-from nanochat.serving import uploads
+from nanochat.serving import pdf_text, uploads
 from nanochat.serving.errors import ApiError
 from nanochat.serving.uploads import clean_name, read
 
@@ -73,6 +75,13 @@ def test_a_bomb_hits_its_limits(monkeypatch):
     monkeypatch.setattr(uploads, "PDF_SECONDS", 0.01)
     with pytest.raises(UsageError, match="took longer"):
         read(".pdf", "x.pdf", pdf("a"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits there")
+def test_a_system_that_allows_less_memory_reads_pdfs_too():
+    limited = ["sh", "-c", 'ulimit -v 900000; exec "$0" -I "$1"', sys.executable, pdf_text.__file__]
+    done = subprocess.run(limited, input=pdf("Torwick"), capture_output=True, timeout=60, check=False)
+    assert [text.strip() for text in json.loads(done.stdout)] == ["Torwick"], done.stderr.decode()
 
 
 @pytest.mark.parametrize(
@@ -140,11 +149,35 @@ def test_a_full_queue_is_told_and_a_busy_base_stays(client, server, monkeypatch)
         ]
         assert [a.status_code for a in answers] == [202] * uploads.MAX_WAITING + [429]
         assert client.delete("/v1/knowledge_bases/busy").status_code == 409
+        assert client.delete("/v1/knowledge_bases/busy/documents/a").status_code == 409
     finally:
         go.set()
     for answer in answers[:-1]:
         wait(client, "busy", answer.json())
     assert client.delete("/v1/knowledge_bases/busy").status_code == 200
+
+
+def test_a_long_upload_holds_up_nobody(client, server, monkeypatch):
+    assert client.post("/v1/knowledge_bases", json={"name": "long", "kind": "simple"}).status_code == 201
+    went, go = threading.Event(), threading.Event()
+    real = uploads._counted
+
+    def slow(documents, upload):
+        went.set()
+        go.wait(30)
+        return real(documents, upload)
+
+    monkeypatch.setattr(uploads, "_counted", lambda *given: (one for some in [slow] for one in some(*given)))
+    try:
+        place = "/v1/knowledge_bases/long/documents"
+        accepted = client.post(place, files={"file": ("a.txt", b"Torwick")})
+        assert went.wait(10)
+        for path in ("", "/long", "/long/documents"):  # while the knowledge base is being written
+            assert client.get(f"/v1/knowledge_bases{path}", timeout=5).status_code == 200
+    finally:
+        go.set()
+    wait(client, "long", accepted.json())
+    assert client.delete("/v1/knowledge_bases/long").status_code == 200
 
 
 def test_a_server_without_uploads(start):
