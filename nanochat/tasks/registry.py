@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -67,6 +68,8 @@ def open_task(spec: str) -> Task:
     if name not in TASKS:
         raise UsageError(f"task {spec!r}: unknown task {name!r}; {nearest(name, TASKS)}")
     entry = TASKS[name]
+    if "weight" in given:
+        raise UsageError(f"task {spec!r}: only the mixtures of mid_train and chat_sft have weights; leave it out here")
     options = read_options(spec, given, entry.options)
     for key in entry.required:
         if key not in options:
@@ -75,12 +78,16 @@ def open_task(spec: str) -> Task:
 
 
 def open_mixture(specs: Sequence[str], seed: int = 0) -> Mixture:
-    """A mixture of tasks; `weight=2` in a spec means two passes over that task."""
+    """A mixture of tasks; `weight=2` in a spec means two passes over that task in each over the mixture, and so does
+    the same spec given twice. Raises UsageError as `open_task`, and for a weight that is no number above 0."""
     if not specs:
         raise UsageError("tasks: the list is empty")
-    tasks, weights = [], []
+    weights: dict[str, float] = {}
     for spec in specs:
         name, given = split_spec(spec)
-        weights.append(read_options(spec, {"weight": given.pop("weight", "1")}, {"weight": float})["weight"])
-        tasks.append(open_task(f"{name}:" + ",".join(f"{k}={v}" for k, v in given.items())))
-    return Mixture(tasks, weights, seed)
+        weight = read_options(spec, {"weight": given.pop("weight", "1")}, {"weight": float})["weight"]
+        if not 0 < weight < math.inf:
+            raise UsageError(f"task {spec!r}: the weight must be a number above 0")
+        plain = f"{name}:" + ",".join(f"{k}={v}" for k, v in given.items())
+        weights[plain] = weights.get(plain, 0.0) + weight
+    return Mixture([open_task(spec) for spec in weights], list(weights.values()), seed)

@@ -62,6 +62,7 @@ class Mixture:
         self.tasks, self.seed = list(tasks), seed
         self.name = "+".join(task.name for task in tasks)
         counts = [round(weight * len(task)) for task, weight in zip(tasks, weights, strict=True)]
+        self.repeats = any(count > len(task) for count, task in zip(counts, tasks, strict=True))
         self._ends = list(accumulate(counts))
         self._order = Shuffle(self._ends[-1], mix(0x317, seed))
         if not self._ends[-1]:

@@ -19,7 +19,7 @@ from nanochat.errors import UsageError
 from nanochat.model.config import ModelConfig
 from nanochat.model.lm import LM
 from nanochat.runtime import Runtime, log
-from nanochat.tasks.registry import open_task
+from nanochat.tasks.registry import open_mixture
 from nanochat.tasks.task import Mixture, Task
 from nanochat.tokenizer import Tokenizer
 from nanochat.training.carry import Carry
@@ -255,8 +255,10 @@ def find_source(settings: TrainSettings) -> Path:
 
 
 def open_tasks(specs: tuple[str, ...]) -> Task:
-    opened = [open_task(spec) for spec in specs]
-    return opened[0] if len(opened) == 1 else Mixture(opened)
+    """The tasks that the specs name, with their weights, in one order."""
+    mixture = open_mixture(specs)
+    only = mixture.tasks[0]
+    return only if len(mixture.tasks) == 1 and len(mixture) == len(only) else mixture
 
 
 class Part:
@@ -276,16 +278,17 @@ class Part:
 
 
 def split_task(task: Task, every: int = 50) -> tuple[Task, Task]:
-    """Training conversations, and a fixed 2% of them held back to measure the loss on (at least one)."""
+    """Training conversations, and a fixed 2% of them held back to measure the loss on (at least one). What a mixture
+    goes through several times is held back as a whole: it is measured once, and never trained on."""
     n = len(task)
-    if n < 2:
-        raise UsageError(f"the task {task.name} has {n} conversation(s): training needs at least 2")
-    val = list(range(0, n, every))
-    held = set(val)
-    return (
-        Part(task, [i for i in range(n) if i not in held], task.name),
-        Part(task, val, f"{task.name} (held back)"),
-    )
+    at: Callable[[int], Any] = task.locate if isinstance(task, Mixture) and task.repeats else int  # which conversation
+    held: dict[Any, int] = {}  # and where it comes first
+    for i in range(0, n, every):
+        held.setdefault(at(i), i)
+    train = [i for i in range(n) if at(i) not in held]
+    if not train:
+        raise UsageError(f"the task {task.name} has {len(held)} conversation(s): training needs at least 2")
+    return Part(task, train, task.name), Part(task, list(held.values()), f"{task.name} (held back)")
 
 
 def estimate_tokens(chat: ChatSource, sample: int = 200) -> float:

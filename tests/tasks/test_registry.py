@@ -58,6 +58,11 @@ def test_bad_mixtures() -> None:
         open_mixture([])
     with pytest.raises(UsageError, match="weight='lots' is not a number"):
         open_mixture(["world-qa:weight=lots"])
+    for weight in ("0", "-1", "nan", "inf"):
+        with pytest.raises(UsageError, match="the weight must be a number above 0"):
+            open_mixture([f"world-qa:weight={weight}"])
+    with pytest.raises(UsageError, match="only the mixtures of mid_train and chat_sft have weights"):
+        open_task("world-qa:weight=2")
 
 
 def test_every_option_is_accepted_by_its_task() -> None:

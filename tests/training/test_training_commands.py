@@ -1,5 +1,7 @@
 """The training commands: command line to stage directory, horizons, sources, and errors before anything is trained."""
 
+import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,10 @@ from tiny import COMMON, QUESTIONS, SHAPE, WORLD, copy_run, saved, settings, tra
 
 from nanochat import checkpoint, cli
 from nanochat.errors import NanochatError, UsageError
+from nanochat.report import read_log
 from nanochat.runtime import Runtime
 from nanochat.tasks.registry import open_task
+from nanochat.tasks.task import Mixture
 from nanochat.tokenizer import Tokenizer
 from nanochat.training import commands
 from nanochat.training.settings import BaseSettings
@@ -152,6 +156,42 @@ def test_several_tasks_are_mixed() -> None:
     mixed = commands.open_tasks(("world-qa:seed=0,known=10,limit=6", "world-chat:seed=0,known=10,n=4"))
     assert len(mixed) == 10
     assert len(commands.open_tasks(QUESTIONS)) == 38
+
+
+def test_weights_are_passes_and_nothing_held_back_is_trained_on() -> None:
+    """The share of a task is its weight times its size; naming it twice is a weight of 2."""
+    questions, chats = "world-qa:seed=0,known=10,limit=30", "world-chat:seed=0,known=10,n=40"
+    mixed = commands.open_tasks((f"{questions},weight=3", f"{chats},weight=0.5"))
+    assert isinstance(mixed, Mixture)
+    places = Counter(mixed.locate(i) for i in range(len(mixed)))
+    assert Counter(k for k, _ in places) == {0: 30, 1: 20}
+    assert {n for (k, _), n in places.items() if k == 0} == {3}
+    twice = commands.open_tasks((questions, chats, questions))
+    assert isinstance(twice, Mixture)
+    assert len(twice) == 2 * 30 + 40
+    train_part, val_part = commands.split_task(mixed, every=10)
+    held = [json.dumps(val_part[i]["messages"]) for i in range(len(val_part))]
+    assert 11 >= len(held) == len(set(held)) > 1
+    shown = Counter(json.dumps(train_part[i]["messages"]) for i in range(len(train_part)))
+    assert not shown.keys() & set(held)
+    assert max(shown.values()) == 3
+    plain = commands.open_tasks((questions, chats))
+    assert isinstance(plain, Mixture)
+    assert [len(part) for part in commands.split_task(plain, every=10)] == [63, 7]
+    alone = commands.open_tasks((f"{questions},weight=0.5",))
+    assert len(alone) == 15
+    with pytest.raises(UsageError, match="has 1 conversation"):
+        commands.split_task(commands.open_tasks(("world-qa:seed=0,known=10,limit=1,weight=9",)))
+
+
+def test_training_goes_through_a_task_as_often_as_its_weight_says(finished: Path, tmp_path: Path) -> None:
+    steps = {}
+    for weight in (1, 3):
+        root = copy_run(finished, tmp_path / str(weight), "tokenizer", "base")
+        tasks = (f"{QUESTIONS[0]},weight={weight}",)
+        train("sft", root, tasks=tasks, num_iterations=0, eval_every=0, save_every=0)
+        steps[weight] = read_log(root / "tiny" / "sft" / "log.jsonl")[-1]["step"]
+    assert steps[3] == pytest.approx(3 * steps[1], rel=0.1)  # more is held back
 
 
 def test_settings_are_checked_before_anything_is_read(tmp_path: Path) -> None:
