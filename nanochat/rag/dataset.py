@@ -1,12 +1,13 @@
-"""The command `prepare_rag_dataset`: what `rag_finetune` and `rag_eval` need, made from the tiny world or from files.
+"""The command `prepare_rag_dataset`: what `rag_finetune` and `rag_eval` need, made from the tiny world, from
+what Python says of its own library, or from files.
 
-    documents.jsonl                            a document for each new entity of the world
+    documents.jsonl                            a document for each new entity of the world, or each object of Python
     train.jsonl  validation.jsonl  test.jsonl  questions (nanochat/rag/questions.py) with answers and gold documents
     knowledge_base/                            the documents, searchable
 
 No pretraining text tells of new entities, so only the documents answer. Questions for training are about the entities
 that training may use, those of validation and test about the others. Some join two or three documents (`hops`), some
-nothing answers. Equal settings give equal files.
+nothing answers. About Python each question asks for an object of its own. Equal settings give equal files.
 """
 
 from __future__ import annotations
@@ -20,32 +21,40 @@ from pathlib import Path
 from typing import Any
 
 from nanochat import config
+from nanochat.data.python_docs import check_modules, document, python_docs
 from nanochat.data.shuffle import Shuffle, mix
 from nanochat.data.world import KINDS as ENTITY_KINDS
 from nanochat.data.world import Question, World
 from nanochat.errors import NanochatError, UsageError
+from nanochat.rag import known_item
 from nanochat.rag.tasks import as_document
 from nanochat.retrieval.display import document_values
 from nanochat.retrieval.generation import KINDS
 
 SHARES = {1: 0.5, 2: 0.3, 3: 0.2}  # of the answerable questions, by hops
-MODES = ("example", "build")
+MODES = ("example", "build", "python_docs")
 PROG = "nanochat prepare_rag_dataset"
 
 
 @dataclass(frozen=True)
 class DatasetSettings:
-    """Make a data set for RAG from the tiny world (--mode example), or a knowledge base of documents (--mode build).
+    """Make a data set for RAG from the tiny world (--mode example) or Python's documentation strings (--mode
+    python_docs), or a knowledge base of documents (--mode build).
 
     prepare_rag_dataset --mode example --output data/rag
+    prepare_rag_dataset --mode python_docs --output data/python
     prepare_rag_dataset --mode build --documents FILE --output KB --retriever_type bm25"""
 
     mode: str = "example"
-    """example: documents, questions and a knowledge base from the tiny world; build: a knowledge base of --documents"""
+    """example: documents, questions and a knowledge base from the tiny world; python_docs: the same from what this
+    Python says of its standard library; build: a knowledge base of --documents"""
     output: str = ""
-    """directory to write: of the data set (data/rag when not given), or with --mode build of the knowledge base"""
+    """directory to write: of the data set (when not given data/rag, or data/python), or with --mode build of the
+    knowledge base"""
     documents: tuple[str, ...] = ()
     """JSONL files or directories of them, for --mode build"""
+    modules: tuple[str, ...] = ()
+    """only these modules and packages, for --mode python_docs (default: all of the standard library)"""
     retriever_type: str = "hybrid"
     """what the knowledge base is built for: simple, bm25, dense or hybrid"""
     embedder: str = ""
@@ -79,7 +88,10 @@ class DatasetSettings:
                 raise UsageError(f"--mode build needs {' and '.join(missing)}: {PROG} --mode build --documents FILE "
                                  "--output KB --retriever_type bm25")  # fmt: skip
         elif self.documents:
-            raise UsageError("--documents goes with --mode build; --mode example makes its own")
+            raise UsageError(f"--documents goes with --mode build; --mode {self.mode} makes its own")
+        if self.modules and self.mode != "python_docs":
+            raise UsageError(f"--modules goes with --mode python_docs, not --mode {self.mode}")
+        check_modules(self.modules)
         for name in ("train", "validation", "test"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name} {getattr(self, name)}: must be at least 1")
@@ -97,17 +109,17 @@ def prepare(settings: DatasetSettings) -> Path:
     from nanochat.retrieval.settings import BuildSettings
 
     settings.check()
-    is_example = settings.mode == "example"
-    target = Path(settings.output or "data/rag")
+    makes_files = settings.mode != "build"
+    target = Path(settings.output or ("data/rag" if settings.mode == "example" else "data/python"))
     wanted = BuildSettings(
-        documents=(str(target / "documents.jsonl"),) if is_example else settings.documents,
-        output=str(target / "knowledge_base" if is_example else target),
+        documents=(str(target / "documents.jsonl"),) if makes_files else settings.documents,
+        output=str(target / "knowledge_base" if makes_files else target),
         type=settings.retriever_type,
         embedder=settings.embedder,
         on_error=settings.on_error,
     )
-    if is_example:
-        files = example(settings)
+    if makes_files:
+        files = example(settings) if settings.mode == "example" else python(settings)
         check_free(target, files)
         commands.made(wanted).close()  # says what is missing before any file is written
         write(target, files)
@@ -127,6 +139,25 @@ def example(settings: DatasetSettings) -> dict[str, str]:
     parts["test"] = drawn["heldout"][settings.validation :]
     for name, questions in parts.items():
         files[f"{name}.jsonl"] = _lines(record(q, f"{name}-{i}") for i, q in enumerate(questions))
+    return files
+
+
+def python(settings: DatasetSettings) -> dict[str, str]:
+    """The files of the data set about Python's standard library. Raises UsageError for more questions than it gives."""
+    records = python_docs(settings.modules)
+    asked = known_item.questions(records)
+    sizes = {name: getattr(settings, name) for name in ("train", "validation", "test")}
+    if (wanted := sum(sizes.values())) > len(asked):
+        raise UsageError(
+            f"these modules give {len(asked):,} questions, not {wanted:,}: ask fewer with --train, --validation and "
+            "--test"
+        )
+    files = {"documents.jsonl": _lines(map(document, records))}
+    order, start = Shuffle(len(asked), mix(0x9D0C, settings.seed)), 0
+    for name, size in sizes.items():
+        chosen = [asked[order(i)] for i in range(start, start + size)]
+        files[f"{name}.jsonl"] = _lines({"id": f"{name}-{i}", **one} for i, one in enumerate(chosen))
+        start += size
     return files
 
 

@@ -107,6 +107,9 @@ def test_equal_settings_give_equal_files_and_other_ones_are_refused(made: Path) 
         (["--mode", "build"], "--mode build needs --documents and --output"),
         (["--mode", "build", "--documents", "none.jsonl", "--output", "kb"], "no such file: none.jsonl"),
         (["--documents", "x.jsonl"], "--documents goes with --mode build"),
+        (["--modules", "json"], "--modules goes with --mode python_docs"),
+        (["--mode", "python_docs", "--modules", "jsn"], "--modules jsn: no module of the standard library"),
+        (["--mode", "python_docs", "--modules", "json"], "questions, not 5,000: ask fewer with --train"),
         (["--retriever_type", "bm26"], "--retriever_type bm26: choose from"),
         (["--new", "39"], "--new 39: must be at least 40"),
         (["--new", "40", "--known", "10"], "new entities give only"),
@@ -136,6 +139,28 @@ def test_mode_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert capsys.readouterr().out == "version 1: 1 added, 1 skipped\nkb: 1 documents in 1 passages, simple\n"
     with KnowledgeBase.open("kb") as base:
         assert [hit.id for hit in base.search("needle")] == ["a"]
+
+
+def test_mode_python_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    sizes = ["--train", "30", "--validation", "5", "--test", "20", "--retriever_type", "simple"]
+    cli.main(["prepare_rag_dataset", "--mode", "python_docs", "--modules", "json", "textwrap", "shutil", *sizes])
+    home = Path("data/python")
+    assert [len(records(home / name)) for name in FILES[1:]] == [30, 5, 20]
+    asked = [question for name in FILES[1:] for question in records(home / name)]
+    assert len({question["gold"][0] for question in asked}) == 55
+    with KnowledgeBase.open(home / "knowledge_base") as base:
+        assert len(base) == len(records(home / "documents.jsonl")) > 100
+        found = base.search("Serialize obj to a JSON formatted str", 5, {"kind": "function", "module": "json"})
+        assert "json.dumps" in [hit.id for hit in found]
+        assert all(question["gold"][0] in base for question in asked)
+    assert len(load_questions(home / "train.jsonl")) == 30
+    capsys.readouterr()
+    call = ["retrieval", "evaluate", "--kb", str(home / "knowledge_base"), "--queries", str(home / "test.jsonl")]
+    cli.main([*call, "--metrics", "recall@5", "--json"])
+    measured = json.loads(capsys.readouterr().out)
+    assert measured["n_queries"] == 20
+    assert measured["metrics"]["recall@5"]["value"] > 0.8
 
 
 def test_a_hybrid_one(tmp_path: Path) -> None:
