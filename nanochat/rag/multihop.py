@@ -96,15 +96,17 @@ class SearchTool:
         """The result of each request; its value is a `Hop`."""
         askings = [self.asking(request) for request in requests]
         queries = [" ".join(self.query(asking).split())[:MAX_QUERY] for asking in askings]
-        found = self.search(queries, requests, max((n_shown(asking.hops) for asking in askings), default=0))
+        known = max((sum(len(hop.hits) for hop in asking.hops) for asking in askings), default=0)
+        found = self.search(queries, requests, known)
         return [self.result(*each) for each in zip(requests, askings, queries, found)]
 
     def asking(self, request: Request) -> Asking:
         question = self.questions[request.prompt] if self.questions else ""
         return Asking(question, request.text, hops_of(request.earlier))
 
-    def search(self, queries: Sequence[str], requests: Sequence[Request], n_shown: int) -> list[list[Hit]]:
-        """Hits for each query that is not empty, in one search for each searcher."""
+    def search(self, queries: Sequence[str], requests: Sequence[Request], known: int) -> list[list[Hit]]:
+        """Hits for each query that is not empty, in one search for each searcher; `known`: how many of them may have
+        been chosen before."""
         groups: dict[int, tuple[Searcher, list[int]]] = {}
         for i, (query, request) in enumerate(zip(queries, requests)):
             searcher = self.knowledge[request.prompt] if isinstance(self.knowledge, Sequence) else self.knowledge
@@ -112,7 +114,7 @@ class SearchTool:
                 groups.setdefault(id(searcher), (searcher, []))[1].append(i)
         found: list[list[Hit]] = [[] for _ in queries]
         for searcher, members in groups.values():
-            for i, hits in zip(members, searcher.search([queries[i] for i in members], self.depth + n_shown)):
+            for i, hits in zip(members, searcher.search([queries[i] for i in members], self.depth + known)):
                 found[i] = list(hits)
         return found
 

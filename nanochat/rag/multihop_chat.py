@@ -85,8 +85,9 @@ class MultiHopChat:
 
     def chat(self, messages: str | Sequence[Mapping[str, Any]], **sampling: Any) -> SearchedAnswer:
         """The answer to a conversation: a list of {"role", "content"}, or just a question. Keyword arguments are the
-        fields of `Sampling`; the temperature is 0 unless it is given, and max_tokens is that of the answer: queries
-        come on top. Raises UsageError for a conversation without a question, NanochatError when a search fails."""
+        fields of `Sampling`; the temperature is 0 unless it is given, and max_tokens is that of what is said:
+        queries come on top. Raises UsageError for a conversation without a question, NanochatError when a search
+        fails."""
         pieces = self.stream_chat(messages, **sampling)
         while True:
             try:
@@ -103,7 +104,7 @@ class MultiHopChat:
         limit = self.context // 2  # the other half is for what will be found, and the answer
         _, shown = lay_out(conversation, [], self.tokenizer, limit)
         question = message_text(shown[-1])
-        visible = _Visible(self.tokenizer, chosen.stop)
+        visible = _Visible(self.tokenizer, chosen.stop, chosen.max_tokens)
         longest = chosen.max_tokens + self.max_hops * (MAX_CALL_TOKENS + 2)
         running = steps(
             self.model, self.tokenizer, [self.tokenizer.render_prompt({"messages": shown}, limit).ids],
@@ -126,7 +127,8 @@ class MultiHopChat:
         if documents and not answer.abstained:
             grounds = support(answer, documents, question=question, calibration=self.calibration)
         own = [(i, p) for i, sampled, p in zip(rollout.ids, rollout.sampled, rollout.logprobs) if sampled]
-        completion = Completion([i for i, _ in own], visible.said, [p for _, p in own], rollout.finish_reason)
+        reason = "length" if visible.full else rollout.finish_reason
+        completion = Completion([i for i, _ in own], visible.said, [p for _, p in own], reason)
         return SearchedAnswer(
             visible.said, answer, documents, tuple(grounds), hops[-1].query if hops else "",
             time.perf_counter() - began, completion, hops, rollout,
@@ -136,23 +138,30 @@ class MultiHopChat:
 class _Visible:
     """The text of a rollout: what the model says outside of its calls."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], max_tokens: int) -> None:
         self.decoder = CitationStream(tokenizer, 0)
         self.text = TextStream(self.decoder, stop)
         self.start, self.end = tokenizer.special(SearchTool.start), tokenizer.special(SearchTool.end)
         self.document = tokenizer.special("doc_start")
         self.inside = False
         self.said = self.held = ""
+        self.room = max_tokens
+
+    @property
+    def full(self) -> bool:
+        """Whether max_tokens ended it, and no stop string."""
+        return self.room <= 0 and not self.text.stopped
 
     def push(self, row: int, token: int) -> bool:
-        """Take a token; whether a stop string is complete."""
+        """Take a token; whether it was the last: a stop string is complete, or enough was said."""
         if token == self.start:
             self.inside = True
         elif token == self.end:
             self.inside = False
         elif not self.inside:
             self.held += self.text.push(token)
-        return self.text.stopped
+            self.room -= 1
+        return self.text.stopped or self.full
 
     def read(self, step: Step) -> None:
         """What else a step brings: documents that may be cited from now on, or the end."""

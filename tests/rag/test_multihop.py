@@ -47,6 +47,14 @@ def run(tool, *queries, prompt=0, max_tokens=0):
     return calls
 
 
+def test_passages_that_became_one_document_do_not_crowd_out_the_next():
+    pieces = ((0, "one"), (50, "two"))
+    passages = [Document("a", f"Torwick {text}", "Torwick", span=(at, at + 20)) for at, text in pieces]
+    others = [Document(name, f"Torwick {name}", name.upper()) for name in "bc"]
+    calls = run(SearchTool(TOKENIZER, Shelf([*passages, *others]), 2), "Torwick", "Torwick")
+    assert [[d.id for d in hop.documents] for hop in hops_of(calls)] == [["a"], ["b", "c"]]
+
+
 def test_documents_are_numbered_on_and_shown_once():
     tool = SearchTool(TOKENIZER, Shelf(), 2)
     calls = run(tool, "Torwick founded", "Torwick born in Brimholt", "nothing at all here ever")

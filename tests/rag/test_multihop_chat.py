@@ -58,6 +58,17 @@ def test_stop_strings_end_the_answer():
     assert answer.completion.finish_reason == "stop"
 
 
+@pytest.mark.parametrize("max_tokens", [1, 5, 11, 12, 30])
+def test_no_more_is_said_than_was_asked_for(max_tokens):
+    answer = build().chat(QUESTION, max_tokens=max_tokens)
+    queries = sum(len(TOKENIZER.encode(call.text)) + 2 for call in answer.rollout.calls)
+    assert len(answer.completion.ids) - queries == max_tokens
+    assert answer.completion.finish_reason == "length"
+    assert len(answer.hops) == (0 if max_tokens <= 11 else 2)  # "Let me see." comes first
+    if max_tokens <= 11:
+        assert answer.text == "Let me see."[:max_tokens]
+
+
 def test_earlier_turns_lose_their_citations_and_the_last_question_counts():
     said = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi. [3]"},
             {"role": "user", "content": QUESTION}]  # fmt: skip
@@ -68,7 +79,7 @@ def test_earlier_turns_lose_their_citations_and_the_last_question_counts():
 
 @pytest.mark.parametrize("max_hops", [0, 1])
 def test_hops_are_limited_and_then_the_model_has_to_answer(max_hops):
-    answer = build(max_hops=max_hops).chat(QUESTION, max_tokens=8)
+    answer = build(max_hops=max_hops).chat(QUESTION, max_tokens=20)
     assert len(answer.hops) == max_hops
     assert answer.rollout.finish_reason in ("stop", "length")
     assert answer.rollout.ids.count(TOKENIZER.special("search_start")) == max_hops
