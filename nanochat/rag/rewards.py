@@ -165,7 +165,7 @@ class Rewards:
 
     def column(self, name: str, samples: Sequence[Sample]) -> list[float]:
         """One part of all samples."""
-        reward: Any = self.own.get(name) or REWARDS[name]
+        reward: Any = self.own[name] if name in self.own else REWARDS[name]
         if hasattr(reward, "score"):
             values = list(_called(name, "all samples", reward.score, samples))
             if len(values) != len(samples):

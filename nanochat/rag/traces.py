@@ -166,7 +166,7 @@ def write_traces(path: str | Path, traces: Iterable[Trace]) -> None:
 def read_traces(path: str | Path) -> list[Trace]:
     """What `write_traces` wrote. Raises NanochatError that names the line that is no trace."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # not at what else Unicode takes for a line's end
     except (OSError, UnicodeDecodeError) as error:
         raise NanochatError(f"cannot read {path}: {error}") from None
     found = []

@@ -71,7 +71,7 @@ class PolicyStage:
         self.detector = Detector()
         self.collapse = ""  # why the policy has collapsed, once it has
         self.round = 0
-        self.n_rounds = 0  # of the whole run, 0 when it is not known
+        self.share = 0.0  # of the run that is done; the loop says so
         self.pending: list[PolicyBatch] = []
         self.fresh = False  # the model is the one that sampled the batches
         self.means: dict[str, float] = {}  # of the latest round
@@ -154,7 +154,7 @@ class PolicyStage:
         }
         right = {level: total[f"right_{level}"] / total[f"n_{level}"] for level in levels if total[f"n_{level}"]}
         self.collapse = self.detector.update({**self.means, "format": self.means.get("reward_format", 1.0)})
-        if self.course.update(right, self.round / self.n_rounds if self.n_rounds else 0.0):
+        if self.course.update(right, self.share):
             self.detector.forget()
 
     # ---- what the loop asks for

@@ -26,6 +26,7 @@ from nanochat.errors import NanochatError, UsageError
 from nanochat.evaluation.chat import slices
 from nanochat.model.lm import LM
 from nanochat.rag.rewards import Sample
+from nanochat.tasks.conversations import check_conversation
 from nanochat.tasks.rows import JsonRows
 from nanochat.tokenizer import Tokenizer
 
@@ -76,15 +77,25 @@ def load_pairs(path: str | Path) -> list[Pair]:
     rows, found = JsonRows(Path(path)), []
     for i in range(len(rows)):
         row = rows[i]
-        messages = row.get("messages", [{"role": "user", "content": row.get("question")}])
-        answers = [row.get("chosen"), row.get("rejected")]
-        if not all(isinstance(one, str) and one for one in answers) or messages[0].get("content") is None:
-            raise UsageError(f'{rows.where(i)}: needs "question" (or "messages"), "chosen" and "rejected"')
-        both = [{"messages": [*messages, {"role": "assistant", "content": one}]} for one in answers]
-        found.append(Pair(*both))
+        try:
+            found.append(Pair(*(_conversation(row, row.get(name)) for name in ("chosen", "rejected"))))
+        except ValueError as error:
+            needs = '"question" (or "messages" that end with the user), "chosen" and "rejected"'
+            raise UsageError(f"{rows.where(i)}: needs {needs}: {error}") from None
     if len(found) < 2:
         raise UsageError(f"{path} holds {len(found)} preference(s): at least 2 are needed, some of them to measure")
     return found
+
+
+def _conversation(row: dict[str, Any], answer: Any) -> dict[str, Any]:
+    """Raises ValueError for what is none."""
+    asked = row.get("messages", [{"role": "user", "content": row.get("question")}])
+    if not isinstance(asked, list) or not isinstance(answer, str):
+        raise ValueError("one of them is missing, or of another type")
+    conversation = check_conversation([*asked, {"role": "assistant", "content": answer}])
+    if [message["role"] for message in conversation["messages"][-2:]] != ["user", "assistant"]:
+        raise ValueError("no question comes before the answer")
+    return conversation
 
 
 def fit(difference_ND: Tensor, ridge: float) -> Tensor:
@@ -142,7 +153,7 @@ def train_reward_model(settings: RewardSettings) -> dict[str, float]:
     loaded = load_checkpoint(settings.source, settings.run, settings.out_dir, settings.device, settings.dtype)
     chosen_ND = read(loaded.model, loaded.tokenizer, [pair.chosen for pair in pairs])
     rejected_ND = read(loaded.model, loaded.tokenizer, [pair.rejected for pair in pairs])
-    n_val = max(1, round(len(pairs) * settings.held_back))
+    n_val = min(max(1, round(len(pairs) * settings.held_back)), len(pairs) - 1)
     scale_D = torch.cat([chosen_ND[n_val:], rejected_ND[n_val:]]).std(0) + 1e-6
     chosen_ND, rejected_ND = chosen_ND / scale_D, rejected_ND / scale_D
     difference_ND = chosen_ND - rejected_ND

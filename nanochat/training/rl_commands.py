@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -189,7 +190,6 @@ def train_policy(
     player = Player(model, tokenizer, rewards, play, tools)
     stage = PolicyStage(player, course, val, settings.objective(), rt, reference)
     n_steps, n_micro = settings.num_iterations, play.n_micro(rt.world_size)
-    stage.n_rounds = n_steps // play.steps
     size = f"{play.n_prompts * play.n_samples // play.minibatches} answers"
 
     def make(directory: Any) -> PolicyTrainer:
@@ -210,15 +210,25 @@ def extend_report(settings: TrainSettings, rt: Runtime) -> None:
         log.warning("the report was not written: %s", error)
 
 
+def named(tasks: Sequence[tuple[str, Task]]) -> dict[str, Task]:
+    """Tasks by name, and none is lost: of two of one name, which differ in options only, the second is `name-2`."""
+    found: dict[str, Task] = {}
+    seen: Counter[str] = Counter()
+    for name, task in tasks:
+        seen[name] += 1
+        found[name if seen[name] == 1 else f"{name}-{seen[name]}"] = task
+    return found
+
+
 def train_chat_rl(settings: ChatRLSettings) -> dict[str, float]:
     """The stage `rl` of a run."""
     rt = start(settings)
     tokenizer = load_tokenizer(run_dir(settings) / "tokenizer")
     opened = [open_task(spec) for spec in settings.tasks]
-    val = {task.name: task for task in map(open_task, settings.val)}
+    val = named([(task.name, task) for task in map(open_task, settings.val)])
     if not val:
         parts = [split_task(task) for task in opened]
-        opened, val = [train for train, _ in parts], {held.name.split()[0]: held for _, held in parts}
+        opened, val = [train for train, _ in parts], named([(held.name.split()[0], held) for _, held in parts])
     for task in (*opened, *val.values()):
         task.evaluate(task[0], "")  # a task without a judge says so before anything is loaded
     calculator = [Calculator()] if settings.tool == "calculator" else []

@@ -74,6 +74,7 @@ class PolicyTrainer(Trainer):
     def step(self, batches: Any) -> None:
         if self.progress.step == 0:
             self.evaluate()  # what the run has to improve on
+        self.policy.share = self.share()
         try:
             super().step(batches)
         except NotFinite as error:

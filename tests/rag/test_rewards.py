@@ -146,3 +146,12 @@ def test_weights_as_text() -> None:
     assert read_weights("") == {}
     with pytest.raises(UsageError, match=r"--reward_weights answer: .*'answer' is not that"):
         read_weights("answer")
+
+
+def test_a_reward_model_may_be_empty_as_a_collection():
+    class Judge(list):
+        def score(self, samples):
+            return [0.5 for _ in samples]
+
+    rewards = Rewards({"judge": 1.0}, (), {"judge": Judge()})
+    assert rewards.column("judge", [sample(), sample()]) == [0.5, 0.5]

@@ -1,6 +1,7 @@
 """Traces: what they tell of an answer, and that files and pages keep it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from puppet import searcher
@@ -71,6 +72,9 @@ def test_files_keep_traces_and_bad_lines_are_named(trace, tmp_path):
     path = tmp_path / "deep" / "traces.jsonl"
     write_traces(path, [trace, trace])
     assert read_traces(path) == [trace, trace]
+    odd = replace(trace, question="one\u2028two\x85three\x0cfour\r\nfive")
+    write_traces(path, [trace, odd])
+    assert read_traces(path) == [trace, odd]
     for bad in ("nonsense", "[]", '{"name": 1}', json.dumps({"turns": [{"documents": [3]}]})):
         path.write_text(path.read_text().splitlines()[0] + f"\n\n{bad}\n")
         with pytest.raises(NanochatError, match="line 3"):

@@ -38,6 +38,15 @@ def root(begun: Path, tmp_path: Path) -> Path:
     return copy_run(begun, tmp_path, "tokenizer", "sums")
 
 
+def test_levels_open_with_the_run_where_time_is_its_measure(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two levels of one name, which differ in an option: both are measured."""
+    monkeypatch.setattr(PolicyTrainer, "share", lambda trainer: trainer.progress.step / 4)
+    levels = ("arithmetic:n=300,operations=+", "arithmetic:n=300,operations=-")
+    train_rl(root, tasks=levels, curriculum="progress", num_iterations=0, max_minutes=60.0)
+    assert [record["level"] for record in rounds(root)] == [1, 1, 2, 2]
+    assert {f"val_accuracy_arithmetic-train-1x2{n}" for n in ("", "-2")} <= evaluations(root)[-1].keys()
+
+
 def test_it_runs_and_says_what_happened(root: Path) -> None:
     metrics = train_rl(root, tasks=("arithmetic:n=300", "arithmetic:digits=2,n=300"), curriculum="none", kl=0.1)
     assert metrics["final"] == 1.0

@@ -82,6 +82,11 @@ def test_preferences_are_learnt_and_reward(root: Path) -> None:
     assert final_meta(root)["metrics"]["final"] == 1.0
 
 
+def test_some_pairs_are_always_left_to_learn_from(root: Path) -> None:
+    metrics = train_reward_model(settings(root, pairs=str(preferences(root / "two.jsonl", 2)), held_back=0.9))
+    assert metrics["train_accuracy"] == 1.0
+
+
 def test_a_reader_that_changed_is_refused(root: Path) -> None:
     train_reward_model(settings(root))
     path = str(root / "tiny" / "reward")
@@ -100,6 +105,13 @@ def test_what_is_no_preference(tmp_path: Path) -> None:
     path.write_text('{"question": "a", "chosen": "b", "rejected": "c"}\n{"question": "a", "chosen": "b"}\n')
     with pytest.raises(UsageError, match="line 2: needs"):
         load_pairs(path)
+    good = {"messages": [{"role": "user", "content": "a"}], "chosen": "b", "rejected": "c"}
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    for bad in ({"messages": []}, {"messages": "a"}, {"messages": ["a"]}, {"messages": [{"role": "user"}]},
+                {"messages": said}, {"messages": 3}, {"chosen": ""}, {"rejected": 3}):  # fmt: skip
+        path.write_text(f"{json.dumps(good)}\n{json.dumps({**good, **bad})}\n")
+        with pytest.raises(UsageError, match="line 2: needs"):
+            load_pairs(path)
     path.write_text('{"question": "a", "chosen": "b", "rejected": "c"}\n')
     with pytest.raises(UsageError, match=r"1 preference\(s\)"):
         load_pairs(path)
