@@ -159,7 +159,7 @@ def test_mode_python_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     call = ["retrieval", "evaluate", "--kb", str(home / "knowledge_base"), "--queries", str(home / "test.jsonl")]
     cli.main([*call, "--metrics", "recall@5", "--json"])
     measured = json.loads(capsys.readouterr().out)
-    assert measured["n_queries"] == 20
+    assert measured["queries"] == 20
     assert measured["metrics"]["recall@5"]["value"] > 0.8
 
 
