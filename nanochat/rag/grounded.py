@@ -255,6 +255,16 @@ def lay_out(
     return block, [*system, *shown, *history, question]
 
 
+def left_out(
+    conversation: Sequence[dict[str, Any]], shown: Sequence[dict[str, Any]], tokenizer: Tokenizer
+) -> tuple[int, int]:
+    """How many turns, and tokens of the question, the messages of `lay_out` lack."""
+    both = (conversation, shown)
+    turns = [sum(message["role"] == "user" for message in messages) for messages in both]
+    tokens = [len(tokenizer.encode(message_text(messages[-1]))) for messages in both]
+    return turns[0] - turns[1], tokens[0] - tokens[1]
+
+
 def _size(message: dict[str, Any], tokenizer: Tokenizer) -> int:
     """Tokens of one message in a prompt."""
     return len(tokenizer.render({"messages": [message]}).ids) - 1  # without <|bos|>

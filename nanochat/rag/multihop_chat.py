@@ -80,6 +80,15 @@ class MultiHopChat:
         """Tokens that prompt, searches and answer may have together."""
         return self.model.config.sequence_len
 
+    @property
+    def room(self) -> int:
+        """Tokens of the prompt: half of the context; the other half is for what will be found, and the answer."""
+        return self.context // 2
+
+    def shown(self, messages: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """A conversation as the model reads it: what is too long has lost its oldest turns."""
+        return lay_out(as_messages(messages), [], self.tokenizer, self.room)[1]
+
     def tool(self, question: str) -> SearchTool:
         return SearchTool(self.tokenizer, self.knowledge, self.top_k, questions=[question], **self.hooks)
 
@@ -100,14 +109,12 @@ class MultiHopChat:
     ) -> Generator[str, None, SearchedAnswer]:
         """As `chat`, piece by piece: what the model says beside its queries. The generator returns the answer."""
         began = time.perf_counter()
-        conversation, chosen = as_messages(messages), make_sampling({"temperature": 0.0, **sampling})
-        limit = self.context // 2  # the other half is for what will be found, and the answer
-        _, shown = lay_out(conversation, [], self.tokenizer, limit)
+        shown, chosen = self.shown(messages), make_sampling({"temperature": 0.0, **sampling})
         question = message_text(shown[-1])
         visible = _Visible(self.tokenizer, chosen.stop, chosen.max_tokens)
         longest = chosen.max_tokens + self.max_hops * (MAX_CALL_TOKENS + 2)
         running = steps(
-            self.model, self.tokenizer, [self.tokenizer.render_prompt({"messages": shown}, limit).ids],
+            self.model, self.tokenizer, [self.tokenizer.render_prompt({"messages": shown}, self.room).ids],
             replace(chosen, max_tokens=longest, stop=()), 1, [self.tool(question)], self.max_hops,
             at_limit="forbid", until=visible.push, prefix_cache=self.cache if self.cache.max_bytes else None,
         )  # fmt: skip

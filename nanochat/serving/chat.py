@@ -15,7 +15,7 @@ from nanochat.engine import batching
 from nanochat.engine.batching import Ticket
 from nanochat.engine.prefix import PrefixCache
 from nanochat.engine.sampling import Sampling
-from nanochat.rag.grounded import NOTHING_FOUND, Asked, GroundedAnswer, GroundedChat
+from nanochat.rag.grounded import NOTHING_FOUND, Asked, GroundedAnswer, GroundedChat, left_out
 from nanochat.rag.multihop_chat import MultiHopChat
 from nanochat.retrieval.document import Document
 from nanochat.serving import answers
@@ -114,25 +114,32 @@ def prepare(served: Served, body: ChatRequest, service: Service) -> Turn:
     """Search and lay out the prompt. Raises ApiError."""
     if not served.can_chat:
         raise ApiError(400, "this is a base model, which only continues texts: use /v1/completions", param="model")
-    conversation = body.conversation()
     sampling = body.sampling(**({"temperature": 0.0} if body.retrieval else {}))
-    rendered = served.chat.lay_out(conversation, sampling.max_tokens)
-    if body.truncation == "disabled" and (rendered.dropped_turns or rendered.truncated_tokens):
+    turn = _laid_out(served, body, sampling, service)
+    if body.truncation == "disabled" and turn.cut():
         raise ApiError(
             400, f"the messages are too long for the model's context of {served.chat.context} tokens, which the answer "
-            "shares", code="context_length_exceeded", param="messages",
+            "and what is retrieved share", code="context_length_exceeded", param="messages",
         )  # fmt: skip
+    return turn
+
+
+def _laid_out(served: Served, body: ChatRequest, sampling: Sampling, service: Service) -> Turn:
+    conversation, tokenizer = body.conversation(), served.chat.tokenizer
     if body.retrieval is None:
-        return Turn(
-            served, body, rendered.ids, sampling,
-            dropped_turns=rendered.dropped_turns, truncated_tokens=rendered.truncated_tokens,
-        )  # fmt: skip
+        rendered = served.chat.lay_out(conversation, sampling.max_tokens)
+        turn = Turn(served, body, rendered.ids, sampling)
+        turn.dropped_turns, turn.truncated_tokens = rendered.dropped_turns, rendered.truncated_tokens
+        return turn
     if body.retrieval.multi_hop:
         search = _searching(served, body, body.retrieval, sampling, service)
-        return Turn(served, body, [], sampling, search=search)
-    grounded = _grounded(served, body.retrieval, service)
-    asked = grounded.prepare(conversation, **asdict(sampling))
-    return Turn(served, body, asked.ids, sampling, grounded, asked)
+        turn, shown = Turn(served, body, [], sampling, search=search), search.chat.shown(conversation)
+    else:
+        grounded = _grounded(served, body.retrieval, service)
+        asked = grounded.prepare(conversation, **asdict(sampling))
+        turn, shown = Turn(served, body, asked.ids, sampling, grounded, asked), asked.messages
+    turn.dropped_turns, turn.truncated_tokens = left_out(conversation, shown, tokenizer)
+    return turn
 
 
 async def whole(service: Service, turn: Turn, tickets: Sequence[Ticket]) -> dict[str, Any]:

@@ -100,8 +100,14 @@ def test_long_conversations_lose_their_oldest_turns_and_say_so(client):
     assert long["truncated"]["turns"] == 3
     assert long["usage"]["prompt_tokens"] < 256
     assert streamed(client, turn * 4 + WHO, model="tiny-sft")[-1]["truncated"] == long["truncated"]
-    refused = client.post(CHAT, json={"messages": turn * 8 + WHO, "truncation": "disabled", **retrieval()})
-    assert refused.json()["error"]["code"] == "context_length_exceeded"
+    fits = [{**message, "content": message["content"] + 12 * "z"} for message in turn] * 3 + WHO
+    assert "truncated" not in ask(client, fits)
+    for messages, more in ((turn * 4 + WHO, {"model": "tiny-sft"}), (turn * 8 + WHO, retrieval()), (fits, retrieval())):
+        body = {"messages": messages, "max_tokens": 6, "model": "tiny-rag", "truncation": "disabled", **more}
+        assert client.post(CHAT, json=body).json()["error"]["code"] == "context_length_exceeded"
+        assert ask(client, messages, **more)["truncated"]["turns"] > 0
+    question = [{"role": "user", "content": "Torwick " * 100}]
+    assert ask(client, question, **retrieval())["truncated"]["tokens"] > 100
 
 
 def test_parts_and_developers(client):
