@@ -2,9 +2,10 @@
 
 A *piece* is a run of (input, target) pairs of one document. A document of n tokens gives n pairs (the last target is
 the next document's <|bos|>, which stands for its end), so a document may be cut anywhere and no pair is lost. A row
-begins with the oldest piece of a buffer and goes on with the longest that fits, again and again; the last gap is filled
-with the head of the longest piece (its tail goes back to the buffer) or, where conversations must stay whole, with
-padding. Pieces of an earlier epoch go first: the longest of a small data set would otherwise crowd out the rest of it.
+begins with the oldest piece of a buffer. Where documents may be cut it goes on with the longest that fits, again and
+again, and the head of the longest fills the last gap (its tail goes back to the buffer). Where conversations must stay
+whole it goes on with those that together leave the smallest gap, and only what no choice of them can fill is padding.
+Pieces of an earlier epoch go first: the longest of a small data set would otherwise crowd out the rest of it.
 
 The stream is divided into `n_lanes` lanes: a hash of its number gives each document its lane (a remainder would send
 every second document of an alternating corpus to the same lanes), and row g of the training run comes from lane
@@ -132,6 +133,26 @@ class Lane:
         return None
 
 
+    def fill(self, room: int) -> list[Piece]:
+        """Take pieces, of the earliest epoch and the next, that fill `room` as far as any choice of them can; where
+        several do, those that came first. Sums of lengths are the bits of a number, so a choice costs microseconds."""
+        last = self.buffer[0].epoch + 1 if self.buffer else 0
+        waiting = sorted((one for one in self.buffer if one.epoch <= last), key=lambda one: (one.epoch, one.arrival))
+        sums, within = [1], (1 << room + 1) - 1  # bit s of sums[k]: some of the first k pieces have s pairs together
+        for one in waiting:
+            if sums[-1] >> room:  # full: pieces that came later are not looked at
+                break
+            sums.append((sums[-1] | sums[-1] << one.length) & within)
+        left, chosen = sums[-1].bit_length() - 1, []
+        for k in range(len(sums) - 1, 0, -1):
+            if not sums[k - 1] >> left & 1:  # not without this one
+                chosen.append(waiting[k - 1])
+                left -= waiting[k - 1].length
+        taken = {one.arrival for one in chosen}
+        self.buffer = [one for one in self.buffer if one.arrival not in taken]
+        return [one.piece for one in reversed(chosen)]
+
+
 @dataclass
 class Cursor:
     """A position in the stream, as a checkpoint holds it. `row`: rows of the run handed out, over all ranks."""
@@ -205,6 +226,7 @@ class Packer:
         return []
 
     def pack(self, lane: Lane) -> list[Piece]:
+        """The pieces of one row; none when the lane has ended."""
         room = self.T
         pieces: list[Piece] = []
         while room:
@@ -213,13 +235,15 @@ class Packer:
                 break
             at = lane.best(room) if pieces else lane.oldest()
             if at is None or lane.buffer[at].length > room:
-                if not self.split:
-                    break
-                piece = self.cut(lane, at, room)
+                more = [self.cut(lane, at, room)] if self.split else []
+            elif pieces and not self.split:
+                more = lane.fill(room)
             else:
-                piece = lane.buffer.pop(at).piece
-            pieces.append(piece)
-            room -= len(piece.inputs)
+                more = [lane.buffer.pop(at).piece]
+            if not more:
+                break
+            pieces += more
+            room -= sum(len(piece.inputs) for piece in more)
         return pieces
 
     def cut(self, lane: Lane, at: int | None, room: int) -> Piece:

@@ -3,6 +3,7 @@
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.data.background import Background
-from nanochat.data.batches import IGNORED, Batch, Packer, Piece
+from nanochat.data.batches import IGNORED, Batch, Lane, Packer, Piece
 from nanochat.errors import NanochatError, UsageError
 from nanochat.nest import pack, unpack
 
@@ -187,6 +188,29 @@ def test_no_piece_waits_for_ever() -> None:
     packer = Packer(Numbers(lengths), 64, split=False, pad_id=PAD, n_lanes=1, buffer_size=16)
     rows = check_rows(take(packer, 600, n_rows=1), 64)
     assert next(i for i, row in enumerate(rows) if 33 in map(len, row)) < 500 + 17
+
+
+@quick
+@given(st.lists(st.tuples(st.integers(1, 12), st.integers(0, 3)), max_size=9), st.integers(1, 30))
+def test_no_choice_of_whole_documents_fills_a_gap_better(waiting: list[tuple[int, int]], room: int) -> None:
+    lane = Lane(0)
+    for length, epoch in sorted(waiting, key=lambda one: one[1]):
+        lane.insert(epoch, Piece(np.zeros(length, dtype=np.int32), np.full(length, lane.arrivals, dtype=np.int32)))
+    before = {one.arrival: one for one in lane.buffer}
+    usable = [one.length for one in lane.buffer if one.epoch <= lane.buffer[0].epoch + 1]
+    best = max(sum(some) for n in range(len(usable) + 1) for some in combinations(usable, n) if sum(some) <= room)
+    taken = {int(piece.targets[0]) for piece in lane.fill(room)}
+    assert sum(before[arrival].length for arrival in taken) == best
+    assert [one.arrival for one in lane.buffer] == [a for a in before if a not in taken]  # in order, all but those
+
+
+def test_little_is_padding_where_conversations_stay_whole() -> None:
+    """Lengths as of short chats in rows of 256."""
+    lengths = np.random.default_rng(0).lognormal(3.6, 0.6, 4000).astype(int).clip(8, 256).tolist()
+    packer = Packer(Numbers(lengths), 256, split=False, pad_id=PAD)
+    take(packer, 40, n_rows=8)
+    assert packer.report.padded_share < 0.001
+    assert packer.report.cropped == 0
 
 
 def test_alternating_lengths_do_not_pile_up() -> None:
