@@ -37,10 +37,10 @@ world="seed=0,known=${KNOWN:-2000},new=8000"
 shown=${SHOWN:-8}
 nproc=${NPROC:-1}
 read -r -a flags <<< "${FLAGS:-}"
-train() { # COMMAND FLAGS...: on all GPUs
+train() { # COMMAND FLAGS...: on all GPUs (without the --, torchrun would take --run for a flag of its own)
     local common=(--run "$run" --device "$device" "${@:2}" ${flags[@]+"${flags[@]}"})
     if [ "$nproc" -gt 1 ]; then
-        "$python" -m torch.distributed.run --standalone --nproc_per_node="$nproc" -m "scripts.$1" "${common[@]}"
+        "$python" -m torch.distributed.run --standalone --nproc_per_node="$nproc" -m "scripts.$1" -- "${common[@]}"
     else
         "$python" -m nanochat "$1" "${common[@]}"
     fi

@@ -31,9 +31,9 @@ fi
 out=${NANOCHAT_OUT:-out}
 world="seed=0,known=2000,new=8000"
 nproc=${NPROC:-1}
-train() { # COMMAND FLAGS...: on all GPUs
+train() { # COMMAND FLAGS...: on all GPUs (without the --, torchrun would take --run for a flag of its own)
     if [ "$nproc" -gt 1 ]; then
-        "$python" -m torch.distributed.run --standalone --nproc_per_node="$nproc" -m "scripts.$1" --run "$run" "${@:2}"
+        "$python" -m torch.distributed.run --standalone --nproc_per_node="$nproc" -m "scripts.$1" -- --run "$run" "${@:2}"
     else
         "$python" -m nanochat "$1" --run "$run" "${@:2}"
     fi

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.run import get_args_parser
 
 from nanochat import config
 from nanochat.evaluation.rag_commands import RagEvalSettings
@@ -57,12 +58,12 @@ def test_every_command_is_one(script: str, tmp_path: Path) -> None:
 @SCRIPTS
 def test_on_several_gpus_the_stages_run_under_torchrun(script: str, tmp_path: Path) -> None:
     found = called(script, tmp_path, NPROC="4", RAG="123")
-    launched = [words for words in found if words[1] == "torch.distributed.run"]
+    launched = [get_args_parser().parse_args(words[2:]) for words in found if words[1] == "torch.distributed.run"]
     trained = [name for name in CALLED[script] if name.endswith(("_train", "_sft", "_finetune"))]
-    assert [words[5].removeprefix("scripts.") for words in launched] == trained[1:]
-    assert all(words[2:5] == ["--standalone", "--nproc_per_node=4", "-m"] for words in launched)
-    (rag,) = [words[6:] for words in launched if words[5] == "scripts.rag_finetune"]
-    assert config.parse(RagSettings, rag).num_iterations == 123
+    assert [one.training_script.removeprefix("scripts.") for one in launched] == trained[1:]
+    assert all(one.module and one.standalone and one.nproc_per_node == "4" for one in launched)
+    rag = config.parse(RagSettings, launched[trained.index("rag_finetune") - 1].training_script_args)
+    assert (rag.run, rag.num_iterations) == ("r", 123)
 
 
 @SCRIPTS
