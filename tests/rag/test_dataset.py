@@ -12,6 +12,7 @@ from nanochat.errors import UsageError
 from nanochat.rag.dataset import SHARES, DatasetSettings, example, prepare
 from nanochat.rag.questions import load_questions
 from nanochat.retrieval import KnowledgeBase
+from nanochat.retrieval.evaluate import evaluate
 from nanochat.retrieval.formats import read_qrels, read_queries
 
 SMALL = {"known": 10, "new": 80, "train": 100, "validation": 20, "test": 20}
@@ -161,6 +162,19 @@ def test_mode_python_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     measured = json.loads(capsys.readouterr().out)
     assert measured["queries"] == 20
     assert measured["metrics"]["recall@5"]["value"] > 0.8
+
+
+@pytest.mark.slow
+def test_all_of_python(tmp_path: Path) -> None:
+    """As docs/knowledge-bases.md says."""
+    prepare(DatasetSettings("python_docs", str(tmp_path), retriever_type="simple", test=2000))
+    with KnowledgeBase.open(tmp_path / "knowledge_base") as base:
+        assert base.stats()["passages"] >= len(base) > 10_000
+        assert {"json.dumps", "str.split", "os.path.join", "asyncio.Queue", "abs", "help('with')"} <= {
+            document.id for document in base.documents()
+        }
+        found = evaluate(base, read_queries(tmp_path / "test.jsonl"), read_qrels(tmp_path / "test.jsonl"))
+    assert found.metrics["recall@10"].value > 0.9
 
 
 def test_a_hybrid_one(tmp_path: Path) -> None:
