@@ -43,10 +43,10 @@ def records(names: Iterable[str]) -> Iterator[Record]:
     chosen = set(names)
     found = list(units(chosen))
     modules = {unit.name: module for unit in found if (module := imported(unit.name)) is not None}
-    names: dict[str, str] = {}  # by home
+    called: dict[str, str] = {}  # home -> name
     taken: set[str] = set()
     for record in objects(modules, chosen):
-        names.setdefault(record.home, record.name)
+        called.setdefault(record.home, record.name)
         if record.text:
             taken |= {record.name, record.home}
             yield record
@@ -54,7 +54,7 @@ def records(names: Iterable[str]) -> Iterator[Record]:
         for record in definitions(unit):
             home, mark, comments = record.home.partition("#")
             own = shown_name(record.module) + record.name[len(record.module) :]
-            record = record._replace(name=f"{names[home]}{mark}{comments}" if home in names else own)
+            record = record._replace(name=f"{called[home]}{mark}{comments}" if home in called else own)
             if taken.isdisjoint((record.name, record.home)):
                 taken.add(record.name)
                 yield record
