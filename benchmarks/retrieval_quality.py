@@ -26,7 +26,7 @@ from nanochat.retrieval.document import Document, Found, Hit
 from nanochat.retrieval.evaluate import Evaluation, evaluate
 from nanochat.retrieval.formats import Collection, cranfield, hotpotqa
 from nanochat.retrieval.fusion import rrf
-from nanochat.retrieval.hybrid import HybridRetriever
+from nanochat.retrieval.hybrid import FusedRetriever
 from nanochat.retrieval.knowledge_base import KnowledgeBase
 from nanochat.retrieval.metrics import difference
 from nanochat.retrieval.rerank import FeedbackReranker
@@ -109,7 +109,7 @@ def retrievers(folder: Path, documents: list[Document], embedder: str) -> dict[s
         one.add(documents)
     feedback = FeedbackReranker(kb.settings["analyser"])
     dense = Mode(kb, "dense")
-    ranks = HybridRetriever([Mode(kb, "bm25"), dense], fusion="rrf", reranker=None)
+    ranks = FusedRetriever([Mode(kb, "bm25"), dense], fusion="rrf", reranker=None)
     searches: dict[str, Search] = {
         "simple": lambda query, k: simple.search(query, k, unique=True),
         "bm25": lambda query, k: kb.search(query, k, mode="bm25", unique=True),

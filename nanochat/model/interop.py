@@ -43,6 +43,10 @@ def read(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 tensors |= load_file(file)
         else:
             tensors = torch.load(directory / "pytorch_model.bin", map_location="cpu", weights_only=True)
+        if not isinstance(config, dict) or not isinstance(config.get("ssm_cfg", {}), dict):
+            raise ValueError("config.json holds no settings of a model")
+        if not isinstance(tensors, dict) or not all(isinstance(x, Tensor) for x in tensors.values()):
+            raise ValueError("pytorch_model.bin holds other things than tensors by name")
     except FileNotFoundError as error:
         wanted = "config.json and model.safetensors or pytorch_model.bin"
         raise NanochatError(f"{error.filename} is missing: a checkpoint is a directory of {wanted}") from None

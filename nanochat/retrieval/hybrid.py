@@ -1,4 +1,4 @@
-"""HybridRetriever: several retrievers searched with one query, their rankings fused, the best reranked if wished."""
+"""FusedRetriever: several retrievers searched with one query, their rankings fused, the best reranked if wished."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FUSIONS = ("weighted", "rrf")
 FORMAT, SAVED = 1, "hybrid.json"
 
 
-class HybridRetriever(SearchesDocuments):
+class FusedRetriever(SearchesDocuments):
     """Fuses any retrievers. `depth` candidates are taken from each (or k, if that is more).
 
     `fusion` is "weighted" (normalised scores) or "rrf" (ranks only); `weights` gives each retriever's say. `reranker`
@@ -87,7 +87,7 @@ class HybridRetriever(SearchesDocuments):
         *,
         kinds: Mapping[str, type[Retriever]] | None = None,
         reranker: Reranker | str | None = "feedback",
-    ) -> HybridRetriever:
+    ) -> FusedRetriever:
         """What `save` saved. `kinds` names classes of your own: class name -> class.
 
         Raises NanochatError when it is damaged or not there, UsageError for a newer format or an unknown class."""
@@ -102,7 +102,7 @@ class HybridRetriever(SearchesDocuments):
             raise UsageError(f"{path} has format {version}; this nanochat reads {FORMAT}: update it")
         known = dict(kinds or {})
         if not known.keys() >= set(names):
-            known = {kind.__name__: kind for kind in _retrievers()} | known
+            known = {kind.__name__: kind for kind in (cls, *_retrievers())} | known
         missing = [name for name in names if name not in known]
         if missing:
             raise UsageError(f"{path} needs the class {missing[0]}: give it as kinds={{{missing[0]!r}: …}}")

@@ -108,7 +108,7 @@ class HybridRetriever(SearchesDocuments):
     """Several rankings fused, the best reranked (by feedback, which needs no model, unless told otherwise).
 
     HybridRetriever()                  BM25 and vectors over one knowledge base; options as for the other retrievers
-    HybridRetriever([first, second])   any retrievers, each with its own documents; see hybrid.HybridRetriever"""
+    HybridRetriever([first, second])   any retrievers, each with its own documents; see hybrid.FusedRetriever"""
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class HybridRetriever(SearchesDocuments):
             raise UsageError("a hybrid retriever is made of retrievers or kept at a path, not both")
         else:
             chosen = "feedback" if reranker == AUTO else reranker
-            self.inner = hybrid.HybridRetriever(retrievers, reranker=chosen, **options)
+            self.inner = hybrid.FusedRetriever(retrievers, reranker=chosen, **options)
 
     def _answers(self, texts: Sequence[str], k: int, filter: Filter | None) -> list[list[Hit]]:
         if isinstance(self.inner, StoredRetriever):
@@ -160,7 +160,7 @@ class HybridRetriever(SearchesDocuments):
             return cls(path=directory, **options)
         loaded = cls.__new__(cls)
         options.setdefault("reranker", "feedback")
-        loaded.reranker, loaded.inner = AUTO, hybrid.HybridRetriever.load(directory, **options)
+        loaded.reranker, loaded.inner = AUTO, hybrid.FusedRetriever.load(directory, **options)
         return loaded
 
     def close(self) -> None:

@@ -99,7 +99,7 @@ async def create(request: Request, body: ChatRequest, service: Annotated[Service
         made = turn.request(client_of(request), service.settings.max_seconds)
         tickets = await service.run(answers.submit, served, [made])
     if body.stream:
-        return EventStream(stream(service, turn, tickets))
+        return EventStream(stream(service, turn, tickets), tickets)
     record = await unless_left(request, whole(service, turn, tickets))
     return Response(status_code=LEFT) if record is None else JSONResponse(record)
 

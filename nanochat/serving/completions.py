@@ -32,7 +32,7 @@ async def create(
     check_n((body.n or 1) * len(body.prompts()), service)
     tickets = await service.run(prepare, served, body, client_of(request), service.settings.max_seconds)
     if body.stream:
-        return EventStream(stream(service, served, body, tickets))
+        return EventStream(stream(service, served, body, tickets), tickets)
     record = await unless_left(request, whole(service, served, body, tickets))
     return Response(status_code=LEFT) if record is None else JSONResponse(record)
 

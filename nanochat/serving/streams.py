@@ -24,17 +24,25 @@ def frame(record: dict[str, Any]) -> bytes:
 
 
 class EventStream(Response):
-    """Sends frames as they are made, and a comment now and then. When the client leaves, the frames are closed."""
+    """Sends frames as they are made, and a comment now and then. When the client leaves, however early, the frames are
+    closed and the tickets that they come from cancelled."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, frames: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, frames: AsyncGenerator[bytes, None], tickets: Sequence[Ticket] = ()) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self.frames = frames
+        self.frames, self.tickets = frames, tickets
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await self._send_all(receive, send)
+        finally:  # frames that were never begun cancel nothing
+            for ticket in self.tickets:
+                ticket.cancel()
+
+    async def _send_all(self, receive: Receive, send: Send) -> None:
         writing = asyncio.ensure_future(self._write(send))
         leaving = asyncio.ensure_future(_left(receive))
         try:

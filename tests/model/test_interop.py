@@ -177,6 +177,17 @@ def test_files_that_are_missing_or_damaged(tmp_path: Path) -> None:
         weights.write_bytes(content)
         with pytest.raises(NanochatError, match="damaged"):
             read(tmp_path)
+    for other in ([1], {"a": 1}):
+        torch.save(other, weights)
+        with pytest.raises(NanochatError, match=r"damaged.*tensors by name"):
+            read(tmp_path)
+    weights.write_bytes(whole)
+    config = (tmp_path / "config.json").read_text()
+    for text in ("[]", '{"ssm_cfg": null}'):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(NanochatError, match=r"damaged.*config\.json"):
+            read(tmp_path)
+    (tmp_path / "config.json").write_text(config)
     weights.unlink()
     with pytest.raises(NanochatError, match=r"pytorch_model\.bin is missing"):
         read(tmp_path)

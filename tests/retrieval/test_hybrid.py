@@ -1,4 +1,4 @@
-"""HybridRetriever: any retrievers, fused like a dictionary would, filtered by them, reranked if wished."""
+"""FusedRetriever: any retrievers, fused like a dictionary would, filtered by them, reranked if wished."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from nanochat.errors import NanochatError, UsageError
 from nanochat.retrieval.document import Document, Found, Hit, Retriever
 from nanochat.retrieval.fusion import rrf
-from nanochat.retrieval.hybrid import HybridRetriever, fuse_hits
+from nanochat.retrieval.hybrid import FusedRetriever, fuse_hits
 
 WORDS = ["moon", "air", "dust", "rock", "water", "ice", "sun", "light"]
 
@@ -60,7 +60,7 @@ def documents_of(contents):
 def test_fused_from_what_each_retriever_found(contents, query, k, fusion):
     documents = documents_of(contents)
     retrievers = [Counting(1.0, documents[::2] + documents[:3]), Counting(-0.5 + 1, documents)]
-    hybrid = HybridRetriever(retrievers, fusion=fusion, reranker=None)
+    hybrid = FusedRetriever(retrievers, fusion=fusion, reranker=None)
     assert isinstance(hybrid, Retriever)
     hits = hybrid.search(query, k)
     known = {hit.id for retriever in retrievers for hit in retriever.search(query, 100)}
@@ -92,7 +92,7 @@ def test_passages_of_one_document_stay_apart():
 
 def test_depth_filter_and_batches_reach_the_retrievers():
     one = Counting(1.0, documents_of(["moon"] * 6))
-    hybrid = HybridRetriever([one], depth=3, reranker=None)
+    hybrid = FusedRetriever([one], depth=3, reranker=None)
     assert len(hybrid.search("moon", 5)) == 5
     assert [h.id for h in hybrid.search(["moon"], 2, {"even": True})[0]] == ["d0", "d2"]
     assert [(k, f) for _, k, f in one.asked] == [(5, None), (3, {"even": True})]
@@ -104,7 +104,7 @@ def test_weights_decide():
     one, two = Counting(1.0, [Document("a", "moon")]), Counting(1.0, [Document("b", "moon")])
     for fusion in ("rrf", "weighted"):
         for weights, first in (([3, 1], "a"), ([1, 3], "b")):
-            hits = HybridRetriever([one, two], fusion=fusion, weights=weights, reranker=None).search("moon")
+            hits = FusedRetriever([one, two], fusion=fusion, weights=weights, reranker=None).search("moon")
             assert hits[0].id == first
             assert len(hits) == 2
 
@@ -118,7 +118,7 @@ def test_a_reranker_has_the_last_word():
             return [-len(d.content) for d in documents]
 
     documents = [Document(name, "moon " * n) for name, n in (("a", 4), ("b", 3), ("c", 2), ("d", 1))]
-    hybrid = HybridRetriever([Counting(1.0, documents)], reranker=Shortest())
+    hybrid = FusedRetriever([Counting(1.0, documents)], reranker=Shortest())
     assert [hit.id for hit in hybrid.search("moon", 2)] == ["c", "b"]  # "d" is fourth, beyond the reranker's depth
     assert [hit.id for hit in hybrid.search("moon", 4)] == ["d", "c", "b", "a"]
     assert [(hit.rank, hit.score) for hit in hybrid.search("moon", 2)] == [(1, -10.0), (2, -15.0)]
@@ -133,15 +133,15 @@ def test_the_default_reranker_finds_the_second_hop():
         Document("quill", "Ada Quill born Tallinn"),
     ]
     query = "Selene film director born"
-    plain = HybridRetriever([Counting(1.0, documents)], reranker=None).search(query, 3)
-    found = HybridRetriever([Counting(1.0, documents)]).search(query, 3)
+    plain = FusedRetriever([Counting(1.0, documents)], reranker=None).search(query, 3)
+    found = FusedRetriever([Counting(1.0, documents)]).search(query, 3)
     assert [hit.id for hit in plain] == ["film", "x0", "x1"]
     assert [hit.id for hit in found] == ["film", "x0", "quill"]
 
 
 def test_adding_and_deleting_goes_to_all():
     one, two = Counting(), Counting()
-    hybrid = HybridRetriever([one, two])
+    hybrid = FusedRetriever([one, two])
     hybrid.add(Document(name, "moon") for name in "ab")
     hybrid.delete("a")
     hybrid.delete(name for name in "b")
@@ -161,18 +161,18 @@ def test_adding_and_deleting_goes_to_all():
 )
 def test_bad_settings(settings, says):
     with pytest.raises(UsageError, match=says):
-        HybridRetriever(**{"retrievers": [Counting()], **settings})
+        FusedRetriever(**{"retrievers": [Counting()], **settings})
 
 
 def test_bad_k():
     with pytest.raises(UsageError, match="k must be"):
-        HybridRetriever([Counting()]).search("moon", 0)
+        FusedRetriever([Counting()]).search("moon", 0)
 
 
 def test_saved_and_loaded(tmp_path):
-    hybrid = HybridRetriever([Counting(1.0, documents_of(["moon air", "moon moon"])) for _ in "ab"], weights=(1, 2))
+    hybrid = FusedRetriever([Counting(1.0, documents_of(["moon air", "moon moon"])) for _ in "ab"], weights=(1, 2))
     hybrid.save(tmp_path / "a" / "b")
-    again = HybridRetriever.load(tmp_path / "a" / "b", kinds={"Counting": Counting})
+    again = FusedRetriever.load(tmp_path / "a" / "b", kinds={"Counting": Counting})
     assert again.search("moon") == hybrid.search("moon")
     assert (again.weights, again.fusion, again.depth) == ([1, 2], "weighted", 100)
     with pytest.raises(UsageError, match="exists already"):
@@ -191,6 +191,6 @@ def test_saved_and_loaded(tmp_path):
 def test_damaged_files(tmp_path, text, says):
     (tmp_path / "hybrid.json").write_text(text)
     with pytest.raises(NanochatError, match=says):
-        HybridRetriever.load(tmp_path)
+        FusedRetriever.load(tmp_path)
     with pytest.raises(NanochatError, match="no hybrid retriever at"):
-        HybridRetriever.load(tmp_path / "nowhere")
+        FusedRetriever.load(tmp_path / "nowhere")
