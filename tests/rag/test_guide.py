@@ -28,8 +28,8 @@ def place(tmp_path, monkeypatch):
     with torch.no_grad():
         model.head.weight.normal_()
     meta = {"stage": "rag", "model_config": config.to_dict(), "tokenizer_hash": tokenizer.hash, "metrics": {}}
-    checkpoint.save(tmp_path / "out" / "r" / "rag", 1, {"model": model.state_dict()}, meta)
-    tokenizer.save(tmp_path / "out" / "r" / "tokenizer")
+    checkpoint.save(tmp_path / "out" / "quickstart" / "rag", 1, {"model": model.state_dict()}, meta)
+    tokenizer.save(tmp_path / "out" / "quickstart" / "tokenizer")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NANOCHAT_OUT", str(tmp_path / "out"))
     Path("documents.jsonl").write_text(blocks("json")[0])
