@@ -1,10 +1,13 @@
 """The RAG stage: what it trains on, and everything that is wrong said at once before it starts."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from tiny import copy_run, settings, train
+import torch
+from tiny import COMMON, copy_run, saved, settings, train
 
 from nanochat.errors import UsageError
 from nanochat.rag.tasks import RagWorld
@@ -57,20 +60,24 @@ def test_settings_that_make_no_sense(tmp_path: Path, options: dict[str, object],
         settings("rag", tmp_path, **options).check()
 
 
-def test_questions_against_a_knowledge_base(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("tantivy")
+def colours(root: Path) -> tuple[Path, list[dict[str, object]]]:
+    """A knowledge base of the colours of things with its questions, and these as records."""
     from nanochat.retrieval import Document, KnowledgeBase
 
-    copy_run(finished, tmp_path, "tokenizer", "base")
-    base = tmp_path / "rag" / "knowledge_base"
+    base = root / "rag" / "knowledge_base"
     with KnowledgeBase.create(base, kind="bm25") as kb:
         kb.add([Document(f"d{i}", f"The colour of thing{i} is shade{i}.", f"thing{i}") for i in range(30)])
-    lines = [
+    lines: list[dict[str, object]] = [
         {"question": f"colour of thing{i}", "answer": f"shade{i}", "gold": [f"d{i}"]} for i in range(30)
     ]
     (base.parent / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return base, lines
+
+
+def test_questions_against_a_knowledge_base(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tantivy")
+    copy_run(finished, tmp_path, "tokenizer", "base")
+    base, lines = colours(tmp_path)
     metrics = train("rag", tmp_path, contexts="", knowledge_base=str(base), top_k=2, num_iterations=4)
     assert metrics["tokens"] > 0
     seen: list[int] = []
@@ -86,3 +93,27 @@ def test_questions_against_a_knowledge_base(
     (base.parent / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
     with pytest.raises(UsageError, match=r"1 of 30 gold documents are not in .*nowhere"):
         train("rag", tmp_path, contexts="", knowledge_base=str(base), top_k=2)
+
+
+@pytest.mark.slow
+def test_the_command_under_torchrun_trains_as_one_process(finished: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tantivy")
+    alone, both = (copy_run(finished, tmp_path / name, "tokenizer", "base") for name in ("alone", "both"))
+    base, _ = colours(tmp_path)
+    options = {
+        "knowledge_base": str(base), "contexts": "n=40,documents=2,questions=2", "top_k": 2, "weight_decay": 0.0,
+        "lr_scale": 0.005, "sequence_len": 256, "num_iterations": 6,
+    }  # fmt: skip
+    train("rag", alone, **options)
+    flags = {**COMMON, **options, "source": "base", "out_dir": str(both), "device_batch_size": 1}
+    flags["total_batch_size"] = 512
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*torchrun, "-m", "scripts.rag_finetune", "--", *(f"--{name}={value}" for name, value in flags.items())],
+        capture_output=True, text=True, timeout=600, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    expected, found = saved(alone, "rag"), saved(both, "rag")
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert torch.allclose(found[name], expected[name], rtol=1e-5, atol=1e-5), name
