@@ -31,9 +31,10 @@ from tqdm import tqdm
 from nanochat.errors import NanochatError, UsageError
 from nanochat.retrieval.chunk import spans
 from nanochat.retrieval.document import Document, Embedder
-from nanochat.retrieval.jsonl import ON_ERROR, file_list, parse
+from nanochat.retrieval.jsonl import ADVICE, ON_ERROR, file_list, parse
 from nanochat.retrieval.knowledge_base import KnowledgeBase
 from nanochat.retrieval.prepare import check, passage_texts
+from nanochat.retrieval.text_files import is_text_file
 from nanochat.retrieval.writer import Change
 
 if TYPE_CHECKING:
@@ -100,10 +101,10 @@ def embed_files(
     range_bytes: int = RANGE_BYTES,
     progress: bool = True,
 ) -> int:
-    """Stage the vectors of all passages that the files hold; how many were computed. See `bulk_ingest`."""
+    """Stage the vectors of all passages that the JSONL files hold; how many were computed. See `bulk_ingest`."""
     embedder = kb.embedder  # raises for a kind that has none
     notes = Notes(kb)
-    todo = [one for path in paths for one in notes.missing(ranges(path, range_bytes))]
+    todo = [one for path in paths if not is_text_file(path) for one in notes.missing(ranges(path, range_bytes))]
     if not todo:
         return 0
     described = kb.settings["embedder"]
@@ -124,7 +125,7 @@ def embed_files(
                 raise NanochatError(f"a worker failed at {todo[part['range']].file}: {part['failure']}")
             for message in part["errors"]:
                 if on_error == "raise":
-                    raise UsageError(f'{message}; correct it, or skip such lines with on_error="skip"')
+                    raise UsageError(f"{message}; {ADVICE}")
             one = todo[part["range"]]
             n += len(part["texts"])
             if stage.add(one, part):

@@ -174,11 +174,13 @@ def ingest(base: KnowledgeBase, settings: IngestSettings, on_duplicate: str, upd
         print(f"\n{base.path} is whole; the same call goes on where it stopped", file=sys.stderr, end="")
         raise
     print(total)
+    if not len(base):
+        print(f"warning: {base.path} is empty: no document in {', '.join(settings.documents)}", file=sys.stderr)
     return total
 
 
 def sources(names: Sequence[str]) -> tuple[list[Path], list[Document]]:
-    """JSONL files, and documents of collections in formats of their own. Of a BEIR folder or one that
+    """JSONL and text files, and documents of collections in formats of their own. Of a BEIR folder or one that
     `prepare_rag_dataset` made, only the documents count. Raises UsageError for what is not there."""
     files: list[Path] = []
     documents: list[Document] = []

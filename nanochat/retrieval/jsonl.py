@@ -1,4 +1,4 @@
-"""Documents from JSONL files: one object a line, plain or gzipped.
+"""Documents from files: JSONL, one object a line, plain or gzipped; and text files, each a document (`text_files`).
 
     {"id": "moon", "title": "The Moon", "content": "It has no air.", "source": "book.txt", "metadata": {"year": 1969}}
 
@@ -19,6 +19,7 @@ from typing import IO, Any, cast
 
 from nanochat.errors import NanochatError, UsageError
 from nanochat.retrieval.document import Document, clean_text, document_hash
+from nanochat.retrieval.text_files import TEXT_FILES, is_text_file, read_text_file
 
 NAMES = {
     "id": ("id", "_id", "doc_id", "docid"),
@@ -27,6 +28,7 @@ NAMES = {
     "source": ("source", "url"),
 }
 ON_ERROR = ("raise", "skip")
+ADVICE = 'correct it, or skip such lines with --on-error skip (in Python: on_error="skip")'
 
 
 def _refuse(name: str) -> None:
@@ -54,38 +56,63 @@ def read_documents(
 ) -> Iterator[Document]:
     """The documents of one or several files, streamed.
 
-    A line that is no document raises UsageError with file and line; with on_error="skip" it is left out and `skipped`
-    is called with that message. `progress` is called with the number of bytes read, now and then."""
+    A line that is no document, or a text file that is no text, raises UsageError with file and line; with
+    on_error="skip" it is left out and `skipped` is called with that message. `progress` is called with the number of
+    bytes read, now and then."""
     if on_error not in ON_ERROR:
         raise UsageError(f"on_error={on_error!r}: choose from {', '.join(ON_ERROR)}")
+
+    def refuse(where: str, error: Exception) -> None:
+        if on_error == "raise":
+            raise UsageError(f"{where}: {error}; {ADVICE}") from None
+        if skipped:
+            skipped(f"{where}: {error}")
+
     for path in file_list(files):
+        if is_text_file(path):
+            try:
+                document = read_text_file(path)
+                if document is not None:
+                    yield document
+            except ValueError as error:
+                refuse(str(path), error)
+            if progress:
+                progress(path.stat().st_size)
+            continue
         for number, line in enumerate(_lines(path, progress), 1):
             if not line.strip():
                 continue
             try:
                 yield parse(line)
             except (ValueError, RecursionError) as error:
-                message = f"{path}, line {number}: {error}"
-                if on_error == "raise":
-                    raise UsageError(f'{message}; correct it, or skip such lines with on_error="skip"') from None
-                if skipped:
-                    skipped(message)
+                refuse(f"{path}, line {number}", error)
 
 
 def file_list(files: str | Path | Iterable[str | Path]) -> list[Path]:
-    """The files named; a directory stands for the .jsonl and .jsonl.gz files in it. Raises UsageError for none."""
+    """The files named; a directory stands for the .jsonl and .jsonl.gz files in it or, where it has none, for all text
+    files below it. Raises UsageError for none."""
     found: list[Path] = []
     for name in [files] if isinstance(files, str | Path) else files:
         path = Path(name)
-        inside = sorted(p for p in path.iterdir() if p.name.endswith((".jsonl", ".jsonl.gz"))) if path.is_dir() else []
-        if path.is_dir() and not inside:
-            raise UsageError(f"no .jsonl files in {path}")
         if not path.exists():
             raise UsageError(f"no such file: {path}")
-        found += inside or [path]
+        found += _inside(path) if path.is_dir() else [path]
     if not found:
         raise UsageError("no files of documents given")
     return found
+
+
+def _inside(directory: Path) -> list[Path]:
+    found = sorted(p for p in directory.iterdir() if p.name.endswith((".jsonl", ".jsonl.gz")))
+    found = found or sorted(p for p in directory.rglob("*") if _is_shown_text(p, directory))
+    if not found:
+        raise UsageError(f"no .jsonl files in {directory}, and no {', '.join(TEXT_FILES)} files below it")
+    return found
+
+
+def _is_shown_text(path: Path, directory: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.relative_to(directory).parts)
+    return is_text_file(path) and path.is_file() and not hidden
 
 
 def parse(line: str | bytes) -> Document:
@@ -102,7 +129,8 @@ def parse(line: str | bytes) -> Document:
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 ({error.reason} at byte {error.start})") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
+        column = min(error.pos, len(text.rstrip())) + 1  # the end of the line is no line of its own
+        raise ValueError(f"not JSON ({error.msg} at column {column})") from None
     if not isinstance(record, dict):
         raise ValueError(f"a document must be a JSON object, not {type(record).__name__}")
     return from_record(record)

@@ -122,7 +122,7 @@ def read(directory: Path, name: str = NAME) -> Manifest:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         what = "does not exist" if not directory.exists() else f"is no knowledge base: it has no {name}"
-        raise UsageError(f"{directory} {what}; `create` or `build` makes one") from None
+        raise UsageError(f"{directory} {what}; `nanochat retrieval build` makes one") from None
     except OSError as error:
         raise NanochatError(f"cannot read {path}: {error.strerror}") from error
     try:

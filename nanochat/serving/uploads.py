@@ -24,6 +24,7 @@ from prometheus_client import Counter
 from nanochat.errors import NanochatError, UsageError
 from nanochat.retrieval import jsonl
 from nanochat.retrieval.document import Document
+from nanochat.retrieval.text_files import decoded, text_title
 from nanochat.runtime import log
 from nanochat.serving import pdf_text
 from nanochat.serving.errors import ApiError, without_paths
@@ -150,13 +151,11 @@ def read(kind: str, name: str, data: bytes) -> list[Document]:
 
 
 def _plain(name: str, data: bytes) -> list[Document]:
-    return [Document(_id(data), _text(data), Path(name).stem, name)]
-
-
-def _markdown(name: str, data: bytes) -> list[Document]:
-    text = _text(data)
-    heading = next((line[2:].strip() for line in text.splitlines() if line.startswith("# ")), "")
-    return [Document(_id(data), text, heading[:MAX_NAME] or Path(name).stem, name)]
+    try:
+        text = decoded(data)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return [Document(_id(data), text, text_title(name, text), name)]
 
 
 def _jsonl(name: str, data: bytes) -> list[Document]:
@@ -199,22 +198,11 @@ def _pdf(name: str, data: bytes) -> list[Document]:
 
 READERS: dict[str, Callable[[str, bytes], list[Document]]] = {
     ".txt": _plain,
-    ".md": _markdown,
-    ".markdown": _markdown,
+    ".md": _plain,
+    ".markdown": _plain,
     ".jsonl": _jsonl,
     ".pdf": _pdf,
 }
-
-
-def _text(data: bytes) -> str:
-    """Raises UsageError for what is no text, whatever its name says."""
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"this is no text in UTF-8 (byte {error.start})") from None
-    if "\0" in text:
-        raise UsageError("this is no text: it holds NUL characters")
-    return text
 
 
 def _id(data: bytes) -> str:

@@ -62,6 +62,7 @@ def test_any_record_gives_a_document_or_a_value_error(record: dict, content: str
         ('{"text": "", "metadata": 3}', "metadata must be an object"),
         ('{"text": "", "metadata": {"a": NaN}}', "NaN is not JSON"),
         (b'{"text": "\xff"}', "not UTF-8"),
+        ('{"text": "abc"', "at column 15"),
         ("[" * 100_000, "recursion|nested"),
     ],
 )
@@ -85,10 +86,38 @@ def test_several_files_directories_gzip_and_a_byte_order_mark(tmp_path: Path) ->
     assert [d.id for d in read_documents([tmp_path / "b.jsonl", tmp_path / "b.jsonl"])] == ["b", "b"]
 
 
+def test_text_files_are_documents(tmp_path: Path) -> None:
+    folder = tmp_path / "letters"
+    (folder / "old").mkdir(parents=True)
+    (folder / ".git").mkdir()
+    (folder / "a.md").write_bytes(b"\xef\xbb\xbfAn opening.\n# The bridge\nIt stands.")
+    (folder / "old" / "b.txt").write_text("# no heading here", encoding="utf-8")
+    (folder / "old" / "empty.txt").write_text("\n")
+    (folder / "c.pdf").write_bytes(b"%PDF")
+    (folder / ".git" / "d.txt").write_text("hidden")
+    a, b = ((folder / name).as_posix() for name in ("a.md", "old/b.txt"))
+    read: list[int] = []
+    found = list(read_documents(folder, progress=read.append))
+    assert found == [
+        Document(a, "An opening.\n# The bridge\nIt stands.", "The bridge", a),
+        Document(b, "# no heading here", "b", b),
+    ]
+    assert sum(read) == sum((folder / name).stat().st_size for name in ("a.md", "old/b.txt", "old/empty.txt"))
+    assert list(read_documents(folder / "old" / "b.txt")) == found[1:]
+    (folder / "z.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match=r"z\.txt: this is no text in UTF-8 .*--on-error skip"):
+        list(read_documents(folder))
+    skipped: list[str] = []
+    assert list(read_documents(folder, "skip", skipped.append)) == found
+    assert "z.txt: this is no text" in skipped[0]
+    write(folder / "documents.jsonl", '{"id": "j", "text": "x"}')
+    assert [d.id for d in read_documents(folder)] == ["j"]  # then the folder is one of JSONL
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such file"):
         list(read_documents(tmp_path / "missing.jsonl"))
-    with pytest.raises(UsageError, match=r"no \.jsonl files in"):
+    with pytest.raises(UsageError, match=r"no \.jsonl files in .* no \.txt, \.md, \.markdown, \.rst files below it"):
         list(read_documents(tmp_path))
     with pytest.raises(UsageError, match="no files"):
         list(read_documents([]))

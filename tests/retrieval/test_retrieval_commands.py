@@ -90,6 +90,17 @@ def test_the_form_without_a_subcommand_builds(call: Call) -> None:
     assert done.out == "version 1: 3 added\nkb: 3 documents in 3 passages, simple\n"
 
 
+def test_a_folder_of_text_files_is_searched_and_an_empty_file_is_told(call: Call) -> None:
+    Path("letters").mkdir()
+    Path("letters/moon.md").write_text("# The Moon\nIt has no air.")
+    assert call("build", "--documents", "letters", "--output", "kb", "--type", "simple").err == ""
+    assert ids(call("search", "kb", "air", "--json")) == ["letters/moon.md"]
+    assert "1 unchanged" in call("update", "kb", "letters").out
+    Path("empty.jsonl").touch()
+    done = call("build", "--documents", "empty.jsonl", "--output", "none", "--type", "simple")
+    assert (done.code, done.err) == (0, "warning: none is empty: no document in empty.jsonl\n")
+
+
 def test_building_again_adds_what_is_missing(call: Call) -> None:
     built(call)
     write("documents.jsonl", [*DOCUMENTS, {"id": "sun", "content": "The Sun is a star."}])
