@@ -168,7 +168,8 @@ def read_traces(path: str | Path) -> list[Trace]:
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")  # not at what else Unicode takes for a line's end
     except (OSError, UnicodeDecodeError) as error:
-        raise NanochatError(f"cannot read {path}: {error}") from None
+        why = (isinstance(error, OSError) and error.strerror) or error
+        raise NanochatError(f"cannot read {path}: {why}") from None
     found = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -176,7 +177,8 @@ def read_traces(path: str | Path) -> list[Trace]:
         try:
             found.append(_trace(json.loads(line)))
         except (ValueError, TypeError, KeyError) as error:
-            raise NanochatError(f"{path}, line {number}: no trace ({error!r:.200})") from None
+            why = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+            raise NanochatError(f"{path}, line {number}: no trace ({why:.200})") from None
     return found
 
 

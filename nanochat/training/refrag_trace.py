@@ -78,7 +78,10 @@ def make_traces(settings: TraceSettings) -> list[Trace]:
     """The traces that the settings ask for. Raises UsageError and NanochatError for what cannot be read or asked."""
     settings.check()
     if settings.traces:
-        return read_traces(settings.traces)[: settings.n]
+        found = read_traces(settings.traces)
+        if not found:
+            raise NanochatError(f"{settings.traces} holds no trace: `refrag_trace --save FILE` writes them")
+        return found[: settings.n]
     asked = settings.asked()
     world = open_world_of(settings.questions) if is_world(settings.questions) else None
     questions = choose_questions(asked, world)

@@ -75,11 +75,15 @@ def test_files_keep_traces_and_bad_lines_are_named(trace, tmp_path):
     odd = replace(trace, question="one\u2028two\x85three\x0cfour\r\nfive")
     write_traces(path, [trace, odd])
     assert read_traces(path) == [trace, odd]
+    path.write_text("{}\n")
+    with pytest.raises(NanochatError, match=r"line 1: no trace \(it lacks 'turns'\)$"):
+        read_traces(path)
+    write_traces(path, [trace])
     for bad in ("nonsense", "[]", '{"name": 1}', json.dumps({"turns": [{"documents": [3]}]})):
         path.write_text(path.read_text().splitlines()[0] + f"\n\n{bad}\n")
         with pytest.raises(NanochatError, match="line 3"):
             read_traces(path)
-    with pytest.raises(NanochatError, match="cannot read"):
+    with pytest.raises(NanochatError, match=r"cannot read .*none\.jsonl: No such file or directory$"):
         read_traces(tmp_path / "none.jsonl")
     with pytest.raises(NanochatError, match="cannot write"):
         write_traces(path / "below", [])

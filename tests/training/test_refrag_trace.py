@@ -40,3 +40,6 @@ def test_wrong_calls_are_refused(tmp_path: Path) -> None:
             TraceSettings(**options).check()  # type: ignore[arg-type]
     with pytest.raises(NanochatError, match="cannot read"):
         refrag_trace(["--traces", str(tmp_path / "none.jsonl")])
+    (tmp_path / "none.jsonl").touch()
+    with pytest.raises(NanochatError, match="holds no trace"):
+        refrag_trace(["--traces", str(tmp_path / "none.jsonl")])
