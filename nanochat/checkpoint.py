@@ -30,7 +30,7 @@ from torch import Tensor
 from nanochat.errors import NanochatError, UsageError
 from nanochat.lock import lock_file, locked_directory
 from nanochat.nest import pack, unpack
-from nanochat.runtime import log
+from nanochat.runtime import log, run_path
 
 FORMAT_VERSION = 1
 Tensors = dict[str, dict[str, Tensor]]
@@ -313,7 +313,8 @@ def find(source: str | Path, out_dir: str | Path, run: str | None = None) -> Pat
     """
     out_dir, source = Path(out_dir), str(source)
     if os.sep not in source and source not in ("", ".", ".."):
-        runs = [out_dir / run] if run else _newest_first(p for p in out_dir.glob("*") if latest(p / source))
+        runs = [run_path(out_dir, run)] if run is not None else []
+        runs = runs or _newest_first(p for p in out_dir.glob("*") if latest(p / source))
         for run_dir in runs:
             if found := latest(run_dir / source):
                 if run is None:
@@ -343,7 +344,11 @@ def _newest_first(directories: Iterator[Path]) -> list[Path]:
 
 
 def _nothing_found(source: str, out_dir: Path, run: str | None) -> str:
-    there = sorted({str(p.parent.parent) for p in out_dir.glob("*/*/step_*/meta.json")})
+    stages = sorted({p.parent.parent for p in out_dir.glob("*/*/step_*/meta.json")})
+    runs = sorted({stage.parent.name for stage in stages})
+    if run is not None and runs and run not in runs:
+        return f"--run {run}: no trained run of this name in {out_dir}; there is: {', '.join(runs)}"
+    there = [stage.name if run else str(stage) for stage in stages if run in (None, stage.parent.name)]
     listing = f"there is: {', '.join(there)}" if there else f"{out_dir} holds none; train one: nanochat quickstart"
     where = f"run {run} in {out_dir}" if run else f"{out_dir}"
     return f"--source {source}: no such stage in {where}, and no checkpoint at that path; {listing}"

@@ -42,6 +42,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("nanochat.doctor:main", "show this machine, the device and dtype that would be used, and why"),
 }
 
+EXTRAS = {"chat_web": "serve"}  # commands that as a whole need an extra of pyproject.toml
+
 RESUMABLE = (
     "quickstart", "base_train", "mid_train", "chat_sft", "rag_finetune", "chat_rl", "refrag_finetune", "download",
 )  # fmt: skip
@@ -101,4 +103,9 @@ def _function(command: str) -> Callable[[list[str]], object]:
         hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(COMMANDS)}"
         raise UsageError(f"unknown command {command!r}; {hint}")
     module, function = COMMANDS[name][0].split(":")
-    return getattr(import_module(module), function)
+    try:
+        return getattr(import_module(module), function)
+    except ModuleNotFoundError as error:
+        if name not in EXTRAS or (error.name or "").startswith("nanochat"):
+            raise
+        raise UsageError(f"{name} needs {error.name}: pip install 'nanochat[{EXTRAS[name]}]'") from error

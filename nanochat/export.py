@@ -61,7 +61,7 @@ class ImportModelSettings:
 def export_tokenizer(argv: list[str] | None = None) -> None:
     """The command `export_tokenizer`."""
     settings = config.parse(ExportTokenizerSettings, argv, prog="nanochat export_tokenizer")
-    directory = Path(settings.out_dir or runtime.out_root()) / settings.run / "tokenizer"
+    directory = runtime.run_path(settings.out_dir, settings.run) / "tokenizer"
     tokenizer = Tokenizer.load(directory)
     path = tokenizer.export_hf(settings.output or directory)
     runtime.print0(f"{path}: {tokenizer.vocab_size} tokens")
@@ -83,7 +83,7 @@ def import_model(argv: list[str] | None = None) -> None:
     settings = config.parse(ImportModelSettings, argv, prog="nanochat import_model")
     if not settings.weights:
         raise UsageError("--weights: name the directory of the checkpoint")
-    run = Path(settings.out_dir or runtime.out_root()) / settings.run
+    run = runtime.run_path(settings.out_dir, settings.run)
     if checkpoint.latest(run / "base") or (run / "tokenizer").exists():
         raise UsageError(f"--run {settings.run}: {run} already has a tokenizer or a base; choose another name")
     model, tokenizer = adopted(settings)

@@ -6,6 +6,7 @@ and why. Nothing here knows about models, data or files other than `out_root`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -13,6 +14,7 @@ import platform
 import random
 import resource
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -61,17 +63,20 @@ class Runtime:
         return self.dtype == torch.float16
 
 
-def setup(device: str = "auto", dtype: str = "auto", seed: int = 0, threads: int = 0) -> Runtime:
+def setup(
+    device: str = "auto", dtype: str = "auto", seed: int = 0, threads: int = 0, inference: bool = False
+) -> Runtime:
     """Choose device and dtype, join the other ranks, set threads and seeds, configure the log.
 
     device: auto (cuda > mps > cpu), cpu, mps, cuda or cuda:N. dtype: auto or a key of `DTYPES`. threads: CPU threads
-    of this process, 0 = all cores shared among the local ranks. Raises UsageError for a device or dtype that is
-    unknown or not present, NanochatError when the ranks cannot meet.
+    of this process, 0 = all cores shared among the local ranks. inference: dtype auto is fp32 on a CPU, since decoding
+    is limited by the bytes of the weights, which `engine.quantize` chooses. Raises UsageError for a device or dtype
+    that is unknown or not present, NanochatError when the ranks cannot meet.
     """
     rank, local_rank, world_size = _ranks()
-    _configure_log(rank)
+    start_log(rank)
     chosen, device_reason = _choose_device(device, local_rank, world_size)
-    chosen_dtype, dtype_reason = _choose_dtype(dtype, chosen)
+    chosen_dtype, dtype_reason = _choose_dtype(dtype, chosen, inference)
     reason = f"device {chosen} ({device_reason}), dtype {str(chosen_dtype)[6:]} ({dtype_reason})"
     _set_threads(threads)
     _set_matmul_precision(chosen)
@@ -131,7 +136,7 @@ def _choose_device(name: str, local_rank: int, world_size: int) -> tuple[torch.d
     return device, "as asked"
 
 
-def _choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
+def _choose_dtype(name: str, device: torch.device, inference: bool = False) -> tuple[torch.dtype, str]:
     if name != "auto":
         if name not in DTYPES:
             raise UsageError(f"--dtype {name}: expected auto, {', '.join(DTYPES)}")
@@ -146,6 +151,8 @@ def _choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
         return torch.float16, "the GPU has no native bf16; gradients are scaled"
     if device.type == "mps":
         return torch.float32, "the safe choice on Apple GPUs"
+    if inference:
+        return torch.float32, "the rule for inference on a CPU; --quantize makes it faster"
     if cpu_has_bf16():
         return torch.bfloat16, "the CPU has bf16 matmul instructions"
     return torch.float32, "the CPU has no bf16 matmul instructions"
@@ -247,8 +254,10 @@ class _Plain(logging.Formatter):
         return message if record.levelno <= logging.INFO else f"{record.levelname.lower()}: {message}"
 
 
-def _configure_log(rank: int) -> None:
-    """Rank 0 logs from INFO on (or $NANOCHAT_LOG), the others from ERROR on; to stderr, once."""
+def start_log(rank: int | None = None) -> None:
+    """Rank 0 logs from INFO on (or $NANOCHAT_LOG), the others from ERROR on; to stderr, once. `setup` calls this; a
+    command that has no use for a device calls it alone. rank None: the one that torchrun gave."""
+    rank = _ranks()[0] if rank is None else rank
     if not any(isinstance(handler, _Stderr) for handler in log.handlers):
         handler = _Stderr()
         handler.setFormatter(_Plain())
@@ -257,6 +266,19 @@ def _configure_log(rank: int) -> None:
     if level not in LOG_LEVELS:
         raise UsageError(f"NANOCHAT_LOG={level}: expected one of {', '.join(LOG_LEVELS)}")
     log.setLevel(level if rank == 0 else logging.ERROR)
+
+
+@contextlib.contextmanager
+def warnings_only() -> Iterator[None]:
+    """The log holds warnings and errors only, unless $NANOCHAT_LOG says what it holds: for conversations, where its
+    lines would stand between the words."""
+    before = log.level
+    if "NANOCHAT_LOG" not in os.environ:
+        log.setLevel(max(before, logging.WARNING))
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def print0(*values: object, sep: str = " ", end: str = "\n") -> None:
@@ -314,6 +336,13 @@ def peak_memory_bytes(device: torch.device | str = "cpu") -> int:
 def out_root() -> Path:
     """Where runs live: $NANOCHAT_OUT, or `out` in the current directory."""
     return Path(os.environ.get("NANOCHAT_OUT") or "out")
+
+
+def run_path(out_dir: str | Path | None, run: str) -> Path:
+    """The directory of a run. Raises UsageError for a name that would lead elsewhere than right below `out_dir`."""
+    if run in ("", ".", "..") or Path(run).name != run:
+        raise UsageError(f"--run {run!r}: expected a name without slashes; --out_dir says where runs lie")
+    return Path(out_dir or out_root()) / run
 
 
 def machine() -> dict[str, Any]:

@@ -101,6 +101,10 @@ def chat_cli(argv: list[str] | None = None) -> int:
     long = ["--prompt" if a == "-p" else f"--prompt={a[3:]}" if a.startswith("-p=") else a for a in arguments]
     settings = config.parse(ChatSettings, long, prog="nanochat chat_cli")
     sampling = settings.sampling()
+    if settings.prompt is not None and not settings.prompt.strip():
+        raise UsageError("-p: the prompt is empty")
+    if settings.documents < 1:
+        raise UsageError(f"--documents {settings.documents}: expected 1 or more")
     if settings.knowledge_base and settings.mode == "text":
         raise UsageError("--mode text: a text is continued without documents; leave --knowledge_base out, or --mode")
     # before the model, whose loading takes longer: a wrong path is told at once
@@ -118,9 +122,10 @@ def chat_cli(argv: list[str] | None = None) -> int:
         chat, sampling, as_text, settings.system, str(model.path), settings.knowledge_base or "", ground,
         settings.temperature is None,
     )  # fmt: skip
-    if settings.prompt is not None:
-        return session.answer(settings.prompt)
-    session.loop()
+    with runtime.warnings_only():
+        if settings.prompt is not None:
+            return session.answer(settings.prompt)
+        session.loop()
     return 0
 
 
@@ -243,7 +248,7 @@ class Session:
         except (OSError, UnicodeEncodeError) as error:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
-            raise NanochatError(f"/save {name}: {error}") from None
+            raise NanochatError(f"/save {name}: {_why(error)}") from None
         self.file = path
         print(f"saved {_count(self.messages)} to {path}")
 
@@ -253,7 +258,7 @@ class Session:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            raise NanochatError(f"/load {name}: {error}") from None
+            raise NanochatError(f"/load {name}: {_why(error)}") from None
         messages = record.get("messages") if isinstance(record, dict) else None
         if not isinstance(messages, list) or not all(map(_is_turn, messages)):
             raise NanochatError(f'/load {name}: expected {{"messages": [{{"role": ..., "content": ...}}, ...]}}')
@@ -284,6 +289,11 @@ def _path(command: str, name: str) -> Path:
     if not name:
         raise UsageError(f"/{command}: expected a file, as in /{command} chat.json")
     return Path(name).expanduser().absolute()
+
+
+def _why(error: Exception) -> str:
+    """Without the number of the error and the name of a temporary file."""
+    return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 def _is_turn(message: Any) -> bool:

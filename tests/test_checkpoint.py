@@ -321,9 +321,16 @@ def test_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
     assert checkpoint.find(out / "a", out) == paths["a/base"]
     monkeypatch.chdir(out / "b")
     assert checkpoint.find("base", "elsewhere") == Path("base/step_000007")
-    for source, run in (("sft", None), ("mid", "b"), (tmp_path / "no" / "where", None), ("", None)):
+    for source, run in (("sft", None), (tmp_path / "no" / "where", None), ("", None)):
         with pytest.raises(NanochatError, match=r"no such stage in .*there is: .*a/base"):
             checkpoint.find(source, out, run)
+    with pytest.raises(NanochatError, match=r"--source mid: no such stage in run b in .*there is: base$"):
+        checkpoint.find("mid", out, "b")
+    with pytest.raises(NanochatError, match=r"--run c: no trained run of this name in .*there is: a, b$"):
+        checkpoint.find("mid", out, "c")
+    for name in ("", "..", "../out/a", str(out / "a")):
+        with pytest.raises(UsageError, match="expected a name without slashes"):
+            checkpoint.find("base", out, name)
     with pytest.raises(NanochatError, match="nanochat quickstart"):
         checkpoint.find("sft", tmp_path / "empty")
 

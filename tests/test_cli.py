@@ -144,6 +144,15 @@ def test_a_script_and_the_command_end_alike(call: list[str], tmp_path: Path) -> 
     assert done.stderr.startswith(f"error: no tokenizer at {tmp_path}/default/tokenizer/bpe.json")
 
 
+def test_a_command_without_its_extra_says_which(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "nanochat.serving.server", raising=False)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert exit_code("chat_web", "--run", "any") == 2
+    assert capsys.readouterr().err == "error: chat_web needs uvicorn: pip install 'nanochat[serve]'\n"
+
+
 def test_export_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = nanochat.Tokenizer.train(["some text to learn from"], 300)
     tokenizer.save(tmp_path / "run" / "tokenizer")

@@ -109,11 +109,11 @@ def test_threads_and_one_log_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_other_ranks_are_silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime._configure_log(1)
+    runtime.start_log(1)
     assert not runtime.log.isEnabledFor(logging.WARNING)
     monkeypatch.setenv("NANOCHAT_LOG", "chatty")
     with pytest.raises(UsageError, match="NANOCHAT_LOG=CHATTY"):
-        runtime._configure_log(0)
+        runtime.start_log(0)
 
 
 def test_without_ranks() -> None:

@@ -18,6 +18,11 @@ def test_one_shot_prints_the_answer_and_the_speed(chat, out, capsys):
     shown = capsys.readouterr()
     assert shown.out == chat.chat("Hi", **GREEDY) + "\n"
     assert "tok/s" in shown.err
+    assert "kernel" not in shown.err  # nothing of the log stands between the words
+    with pytest.raises(UsageError, match="the prompt is empty"):
+        chat_cli(["-p", " ", "--out_dir", str(out)])
+    with pytest.raises(UsageError, match="--documents 0: expected 1 or more"):
+        chat_cli(["--documents", "0", "--out_dir", str(out)])
 
 
 def test_a_base_model_continues_text_unless_told_otherwise(out, capsys):
@@ -187,7 +192,7 @@ def test_files_that_hold_no_conversation(session, tmp_path, text):
 
 
 def test_files_that_cannot_be_written_or_read(session, tmp_path):
-    with pytest.raises(NanochatError, match=r"/save .*No such file"):
+    with pytest.raises(NanochatError, match=r"/save .*: No such file or directory$"):
         session.command(f"/save {tmp_path / 'no' / 'x.json'}")
     with pytest.raises(NanochatError, match=r"/load .*No such file"):
         session.command(f"/load {tmp_path / 'x.json'}")

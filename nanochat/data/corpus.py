@@ -249,8 +249,8 @@ def open_corpus(spec: str, on_error: str = "raise") -> Corpus:
     on_error = given.get("on_error", on_error)
     path = Path(location).expanduser()
     if not location or not path.exists():
-        hint = "" if "/" in location or "." in location else f" ({nearest(location, ('world', 'climbmix'))})"
-        raise UsageError(f"corpus {spec!r}: no such file or directory{hint}; or use 'world' or 'climbmix'")
+        hint = "" if "/" in location or "." in location else f"; {nearest(location, ('world', 'climbmix'))}"
+        raise UsageError(f"corpus {spec!r}: no such file or directory{hint}")
     val = given.get("val", "hash")
     if val.startswith("tail"):
         return TailCorpus(spec, path, read_options(spec, {"val": val[4:] or "10"}, {"val": float})["val"], on_error)

@@ -40,6 +40,7 @@ def load_checkpoint(
     Raises NanochatError when the checkpoint or tokenizer is missing, damaged or they do not belong together, UsageError
     for a device, dtype or format that there is not.
     """
+    runtime.start_log()  # which checkpoint was found is a line of the log
     path = checkpoint.find(source, out_dir or runtime.out_root(), run)
     rt = _setup(device, dtype)
     saved = checkpoint.load(path)
@@ -51,7 +52,7 @@ def load_checkpoint(
         )
     model = _fill(ModelConfig.from_dict(saved.meta["model_config"]), saved.tensors["model"], path)
     model = model.to(rt.device).eval().requires_grad_(False)
-    set_compute_dtype(model, torch.float32 if rt.device.type == "cpu" and dtype == "auto" else rt.dtype)
+    set_compute_dtype(model, rt.dtype)
     if quantize is not None:
         prepare(model, quantize)
     return Loaded(model, tokenizer, saved.meta, path)
@@ -66,10 +67,8 @@ def set_compute_dtype(model: LM, dtype: torch.dtype) -> None:
 
 
 def _setup(device: str, dtype: str) -> runtime.Runtime:
-    if dtype == "auto" and device == "auto" and not torch.cuda.is_available() and not torch.backends.mps.is_available():
-        device, dtype = "cpu", "float32"
     random_state = runtime.rng_state()
-    rt = runtime.setup(device=device, dtype=dtype)
+    rt = runtime.setup(device=device, dtype=dtype, inference=True)
     runtime.set_rng_state(random_state)  # loading a model leaves the caller's random numbers alone
     return rt
 

@@ -105,7 +105,8 @@ class ServeSettings:
             try:
                 found += Path(self.api_key_file).read_text(encoding="utf-8").split()
             except (OSError, UnicodeDecodeError) as error:
-                raise UsageError(f"cannot read --api_key_file {self.api_key_file}: {error}") from None
+                why = (isinstance(error, OSError) and error.strerror) or error
+                raise UsageError(f"cannot read --api_key_file {self.api_key_file}: {why}") from None
             if not found:
                 raise UsageError(f"--api_key_file {self.api_key_file} holds no key")
         for key in found:

@@ -49,23 +49,34 @@ class TokenizerSettings:
 
 
 def run_dir(settings: TrainSettings | TokenizerSettings) -> Path:
-    return Path(settings.out_dir or runtime.out_root()) / settings.run
+    return runtime.run_path(settings.out_dir, settings.run)
 
 
 def train_tokenizer(settings: TokenizerSettings) -> Tokenizer:
-    """Train on the corpus's training split and save under the run's `tokenizer/`."""
+    """Train on the corpus's training split and save under the run's `tokenizer/`. Raises UsageError rather than
+    replace the tokenizer of models that were trained with it."""
+    runtime.start_log()
+    directory = run_dir(settings) / "tokenizer"
     corpus = open_corpus(settings.data)
     texts = (text[: settings.doc_cap] for text in corpus.documents("train"))
     tokenizer = Tokenizer.train(texts, settings.vocab_size, max_chars=settings.max_chars)
-    tokenizer.save(run_dir(settings) / "tokenizer")
-    log.info("tokenizer: %d tokens in %s", tokenizer.vocab_size, run_dir(settings) / "tokenizer")
+    stages = sorted({path.parent.parent.name for path in directory.parent.glob("*/step_*/meta.json")})
+    if stages and (directory / "bpe.json").exists() and Tokenizer.load(directory).hash != tokenizer.hash:
+        raise UsageError(
+            f"--run {settings.run}: {', '.join(stages)} of this run were trained with another tokenizer, and would be "
+            f"worthless without it: choose another --run, or delete {directory.parent} first"
+        )
+    tokenizer.save(directory)
+    log.info("tokenizer: %d tokens in %s", tokenizer.vocab_size, directory)
     return tokenizer
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
     if not directory.exists():
         run = directory.parent.name
-        raise UsageError(f"there is no tokenizer in {directory}: run `nanochat tok_train --run {run}` first")
+        others = sorted(path.parent.name for path in directory.parent.parent.glob("*/tokenizer"))
+        hint = f", or give another --run: there is {', '.join(others)}" if others else ""
+        raise UsageError(f"there is no tokenizer in {directory}: run `nanochat tok_train --run {run}` first{hint}")
     return Tokenizer.load(directory)
 
 

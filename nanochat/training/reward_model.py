@@ -165,7 +165,7 @@ def train_reward_model(settings: RewardSettings) -> dict[str, float]:
         "train_accuracy": float(right[n_val:].mean()),
         "accuracy": float(right[:n_val].mean()),
     }
-    root = Path(settings.out_dir or runtime.out_root()) / settings.run / "reward"
+    root = runtime.run_path(settings.out_dir, settings.run) / "reward"
     meta = {"stage": "reward", "tokenizer_hash": loaded.tokenizer.hash, "reader": loaded.meta["checksum"],
             "reader_path": str(loaded.path.resolve()), "centre": centre, "metrics": metrics}  # fmt: skip
     checkpoint.save(root, 1, {"head": {"weight": weight, "scale": scale_D}}, meta)

@@ -91,7 +91,7 @@ def test_errors_have_their_exit_codes(finished: Path, tmp_path: Path, capsys: py
         ("base_train", {"out_dir": tmp_path, "run": "nothing"}, 2, "run `nanochat tok_train --run nothing` first"),
         ("base_train", {**place, "pattern": "MMX"}, 2, "unknown block letter 'X'"),
         ("base_train", {**place, "data": tmp_path / "nowhere"}, 2, "no such file or directory"),
-        ("mid_train", place, 1, "--source base: no such stage"),
+        ("mid_train", place, 1, "no such stage in run tiny"),
         ("tok_train", {**place, "vocab_size": 100}, 2, "vocab_size 100 is too small"),
     ]
     (tmp_path / "empty").mkdir()
@@ -101,6 +101,22 @@ def test_errors_have_their_exit_codes(finished: Path, tmp_path: Path, capsys: py
             cli.run(command, flags(**options))
         error = capsys.readouterr().err
         assert (exit_.value.code, said in error) == (code, True), error
+
+
+def test_a_tokenizer_that_models_rest_on_is_kept(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place: dict[str, Any] = {"out_dir": tmp_path, "run": "tiny", "data": WORLD}
+    cli.run("tok_train", flags(**place, vocab_size=300))
+    assert f"300 tokens in {tmp_path / 'tiny' / 'tokenizer'}" in capsys.readouterr().err
+    cli.run("tok_train", flags(**place, vocab_size=310))  # nothing was trained with the first one
+    copy_run(finished, tmp_path, "base")
+    before = (tmp_path / "tiny" / "tokenizer" / "bpe.json").read_bytes()
+    cli.run("tok_train", flags(**place, vocab_size=310))  # the same again
+    with pytest.raises(SystemExit, match="2"):
+        cli.run("tok_train", flags(**place, vocab_size=320))
+    assert "base of this run were trained with another tokenizer" in capsys.readouterr().err
+    assert (tmp_path / "tiny" / "tokenizer" / "bpe.json").read_bytes() == before
 
 
 # ---- sources
