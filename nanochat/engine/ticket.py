@@ -86,6 +86,7 @@ class Ticket:
         self._running = set(range(request.n))
         self._cancelled = False
         self._events: deque[Event] = deque()
+        self._taken: deque[Event] = deque()  # by `take`, for the consumer that wants them one by one
         self._changed = threading.Condition()
         self._waiter: Waiting | None = None
 
@@ -125,12 +126,20 @@ class Ticket:
         return self
 
     async def __anext__(self) -> Event:
+        if not self._taken:
+            self._taken.extend(await self.take())
+        if not self._taken:
+            raise StopAsyncIteration
+        return self._taken.popleft()
+
+    async def take(self) -> list[Event]:
+        """For asyncio: all events that wait, or the next one; none when all completions have ended."""
         while True:
             with self._changed:
-                if self._events:
-                    return self._events.popleft()
-                if not self._running:
-                    raise StopAsyncIteration
+                if self._events or not self._running:
+                    events = list(self._events)
+                    self._events.clear()
+                    return events
                 loop = asyncio.get_running_loop()
                 future = loop.create_future()
                 self._waiter = Waiting(self, loop, future)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Annotated, Any
 
@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 
 from nanochat.engine import batching
 from nanochat.engine.batching import Ticket
+from nanochat.engine.generate import Completion
 from nanochat.engine.prefix import PrefixCache
 from nanochat.engine.sampling import Sampling
 from nanochat.rag.grounded import NOTHING_FOUND, Asked, GroundedAnswer, GroundedChat, left_out
@@ -25,7 +26,7 @@ from nanochat.serving.knowledge import citation
 from nanochat.serving.models import Served, Service, client_of, service_of
 from nanochat.serving.schema import ChatRequest, Retrieval
 from nanochat.serving.searching import Search
-from nanochat.serving.streams import DONE, EventStream, events, frame, unless_left
+from nanochat.serving.streams import DONE, EventStream, Frames, events, frame, unless_left
 from nanochat.serving.strict import StrictRoute
 
 router = APIRouter(route_class=StrictRoute)
@@ -44,12 +45,20 @@ class Turn:
     grounded: GroundedChat | None = None
     asked: Asked | None = None
     search: Search | None = None
+    drafts: Sequence[Ticket] = ()  # what came before the answer, see `rag.grounded`
     dropped_turns: int = 0
     truncated_tokens: int = 0
 
     @property
     def n(self) -> int:
         return self.body.n or 1
+
+    @property
+    def settled(self) -> Completion | None:
+        """The answer where the model has nothing more to say: nothing was found, or its draft stands."""
+        if self.asked is None:
+            return None
+        return Completion([], NOTHING_FOUND, [], "stop") if self.asked.nothing_found else self.asked.settled
 
     def request(self, client: str, seconds: float) -> batching.Request:
         decoder = self.grounded.decoder(self.asked) if self.grounded and self.asked else None
@@ -91,7 +100,12 @@ async def create(request: Request, body: ChatRequest, service: Annotated[Service
     served = service.model(body.model)
     check_n(body.n or 1, service)
     turn = await service.run(prepare, served, body, service)
-    if turn.asked is not None and turn.asked.nothing_found:
+    if turn.grounded is not None and turn.asked is not None and turn.grounded.drafts(turn.asked):
+        made = turn.request(client_of(request), service.settings.max_seconds)
+        turn.drafts = await service.run(answers.submit, served, [replace(made, n=1, top_logprobs=0)])
+        if await unless_left(request, settle(service, turn, turn.grounded, turn.asked)) is None:
+            return Response(status_code=LEFT)
+    if turn.settled is not None:
         tickets: list[Ticket] = []
     elif turn.search is not None:
         tickets = [service.searches.submit(turn.search)]
@@ -102,6 +116,20 @@ async def create(request: Request, body: ChatRequest, service: Annotated[Service
         return EventStream(stream(service, turn, tickets), tickets)
     record = await unless_left(request, whole(service, turn, tickets))
     return Response(status_code=LEFT) if record is None else JSONResponse(record)
+
+
+async def settle(service: Service, turn: Turn, grounded: GroundedChat, asked: Asked) -> Asked:
+    """Read the draft; it says what to ask next."""
+    draft = Choice(0)
+    try:
+        async with aclosing(events(turn.drafts)) as arriving:
+            async for _, event in arriving:
+                draft.add(event)
+    finally:
+        answers.count(service.metrics, turn.served, turn.drafts)
+    turn.asked = await service.run(grounded.settle, asked, draft.completion())
+    turn.ids = turn.asked.ids
+    return turn.asked
 
 
 def check_n(n: int, service: Service) -> None:
@@ -152,7 +180,7 @@ async def whole(service: Service, turn: Turn, tickets: Sequence[Ticket]) -> dict
     finally:
         answers.count(service.metrics, turn.served, tickets)
     if not tickets:
-        _say_nothing_found(choices)
+        _say(choices, turn.settled)
     found = [
         {
             "index": choice.index,
@@ -163,7 +191,8 @@ async def whole(service: Service, turn: Turn, tickets: Sequence[Ticket]) -> dict
         for choice in choices
     ]
     record = answers.head("chatcmpl", "chat.completion", turn.served)
-    record |= {"choices": found, "usage": answers.usage(tickets), "timings": answers.timings(tickets), **turn.cut()}
+    usage = answers.usage([*turn.drafts, *tickets])
+    record |= {"choices": found, "usage": usage, "timings": answers.timings(tickets), **turn.cut()}
     return record | await service.run(turn.ground, choices)
 
 
@@ -176,16 +205,21 @@ async def stream(service: Service, turn: Turn, tickets: Sequence[Ticket]) -> Asy
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         return {**record, "choices": [choice]}
 
+    def words(index: int, text: str) -> dict[str, Any]:
+        return piece(index, {"content": text})
+
+    said = [Frames(partial(words, i)) for i in range(turn.n)]
     try:
-        for i in range(turn.n):
-            yield frame(piece(i, {"role": "assistant", "content": ""}))
+        yield b"".join(frame(piece(i, {"role": "assistant", "content": ""})) for i in range(turn.n))
         running = turn.n
         async with aclosing(events(tickets)) as arriving:
             async for _, event in arriving:
                 choice, start = choices[event.index], len(choices[event.index].ids)
                 choice.add(event)
-                if event.text or (turn.body.logprobs and event.ids):
+                if turn.body.logprobs and event.ids:
                     yield frame(piece(event.index, {"content": event.text}, None, turn.logprobs(choice, start)))
+                elif event.text:
+                    yield said[event.index](event.text)
                 if choice.finish_reason:
                     running -= 1
                     if running:
@@ -193,17 +227,17 @@ async def stream(service: Service, turn: Turn, tickets: Sequence[Ticket]) -> Asy
                     else:
                         last = piece(event.index, {}, choice.finish_reason)
         if not tickets:
-            _say_nothing_found(choices)
+            _say(choices, turn.settled)
             for choice in choices:
-                yield frame(piece(choice.index, {"content": NOTHING_FOUND}))
+                yield frame(piece(choice.index, {"content": "".join(choice.text)}, None, turn.logprobs(choice)))
             for choice in choices[:-1]:
-                yield frame(piece(choice.index, {}, "stop"))
-            last = piece(choices[-1].index, {}, "stop")
+                yield frame(piece(choice.index, {}, choice.finish_reason))
+            last = piece(choices[-1].index, {}, choices[-1].finish_reason)
         more = {"timings": answers.timings(tickets), **turn.cut(), **await service.run(turn.ground, choices)}
         options = turn.body.stream_options
         if options is not None and options.include_usage:
             yield frame(last)
-            last = {**record, "choices": [], "usage": answers.usage(tickets)}
+            last = {**record, "choices": [], "usage": answers.usage([*turn.drafts, *tickets])}
         yield frame(last | more)
     except Exception as error:  # the answer has begun: it cannot have another status any more
         yield frame(from_exception(error).body)
@@ -259,6 +293,8 @@ def _grounding(answer: GroundedAnswer) -> dict[str, Any]:
     return {"abstained": answer.abstained, "sentences": sentences}
 
 
-def _say_nothing_found(choices: Sequence[Choice]) -> None:
+def _say(choices: Sequence[Choice], settled: Completion | None) -> None:
+    assert settled is not None  # the model was not asked
     for choice in choices:
-        choice.text, choice.finish_reason = [NOTHING_FOUND], "stop"
+        choice.ids, choice.logprobs = list(settled.ids), list(settled.logprobs)
+        choice.text, choice.finish_reason = [settled.text], settled.finish_reason

@@ -10,9 +10,26 @@ import asyncio
 from typing import Any
 
 import h11
+from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 LINGER_SECONDS = 2.0  # for the answer to arrive while a refused body is still being sent: closing at once destroys it
+
+
+class StreamingConnection(h11.Connection):
+    """h11's, which looks at every piece of a streamed answer anew; that takes four times as long as this. Between the
+    head of a response in chunks and its end, pieces are framed at once. What a client sends is h11's business alone."""
+
+    _chunked = False
+
+    def send(self, event: h11.Event) -> bytes | None:
+        if self._chunked and type(event) is h11.Data and self.our_state is h11.SEND_BODY:
+            data = event.data
+            return b"%x\r\n%b\r\n" % (len(data), data) if data else b""  # an empty chunk would be the end
+        sent = super().send(event)
+        if type(event) is h11.Response:
+            self._chunked = sent is not None and b"\r\ntransfer-encoding: chunked\r\n" in sent.lower()
+        return sent
 
 
 def make_protocol(seconds: float) -> type[H11Protocol]:
@@ -22,6 +39,11 @@ def make_protocol(seconds: float) -> type[H11Protocol]:
     class TimedProtocol(H11Protocol):
         head_timer: asyncio.TimerHandle | None = None
         read_timer: asyncio.TimerHandle | None = None
+
+        def __init__(self, config: Config, *args: Any, **kwargs: Any) -> None:
+            super().__init__(config, *args, **kwargs)
+            assert config.h11_max_incomplete_event_size is not None  # `make_server` sets it
+            self.conn = StreamingConnection(h11.SERVER, config.h11_max_incomplete_event_size)
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
@@ -15,12 +15,23 @@ from nanochat.engine.batching import Event, Ticket
 
 PING_SECONDS = 15.0  # proxies take a silent connection for dead
 DONE = b"data: [DONE]\n\n"
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 R = TypeVar("R")
 
 
 def frame(record: dict[str, Any]) -> bytes:
     """One event."""
-    return b"data: " + json.dumps(record, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode() + b"\n\n"
+    return b"data: " + _encode(record).encode() + b"\n\n"
+
+
+class Frames:
+    """Frames that differ in one string; all the rest is encoded once. `record` makes one of them from its string."""
+
+    def __init__(self, record: Callable[[str], dict[str, Any]]) -> None:
+        self._before, _, self._after = frame(record("\0")).rpartition(_encode("\0").encode())
+
+    def __call__(self, text: str) -> bytes:
+        return self._before + _encode(text).encode() + self._after
 
 
 class EventStream(Response):
@@ -71,18 +82,21 @@ async def unless_left(request: Request, work: Coroutine[Any, Any, R]) -> R | Non
 
 
 async def events(tickets: Sequence[Ticket]) -> AsyncGenerator[tuple[int, Event], None]:
-    """The events of several tickets as they come, each with its ticket's number. Closing it cancels them all."""
+    """The events of several tickets as they come, each with its ticket's number; what came in the meantime is one
+    event. Closing it cancels them all."""
     tasks: list[asyncio.Task[None]] = []
     try:
         if len(tickets) == 1:
-            async for event in tickets[0]:
-                yield 0, event
+            while some := await tickets[0].take():
+                for event in merged(some):
+                    yield 0, event
             return
         queue: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
 
         async def pump(number: int, ticket: Ticket) -> None:
-            async for event in ticket:
-                queue.put_nowait((number, event))
+            while some := await ticket.take():
+                for event in merged(some):
+                    queue.put_nowait((number, event))
             queue.put_nowait(None)
 
         tasks += [asyncio.ensure_future(pump(number, ticket)) for number, ticket in enumerate(tickets)]
@@ -98,6 +112,29 @@ async def events(tickets: Sequence[Ticket]) -> AsyncGenerator[tuple[int, Event],
             ticket.cancel()
         for task in tasks:
             task.cancel()
+
+
+def merged(events: Sequence[Event]) -> list[Event]:
+    """What completions got, one event for each, and then what ended them: a client that is slower than the model gets
+    fewer and longer pieces."""
+    if len(events) == 1:
+        return list(events)
+    of: dict[int, list[Event]] = {}
+    for event in events:
+        if not event.finish_reason:
+            of.setdefault(event.index, []).append(event)
+    joined = [
+        Event(
+            index,
+            "".join(event.text for event in some),
+            [i for event in some for i in event.ids],
+            [p for event in some for p in event.logprobs],
+            "",
+            [likely for event in some for likely in event.top_logprobs],
+        )
+        for index, some in of.items()
+    ]
+    return [*joined, *(event for event in events if event.finish_reason)]
 
 
 async def _left(receive: Receive) -> None:
