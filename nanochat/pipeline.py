@@ -23,10 +23,12 @@ from nanochat.errors import NanochatError, UsageError
 from nanochat.evaluation.chat import TaskResult, evaluate
 from nanochat.evaluation.commands import BaseEvalSettings, evaluate_base
 from nanochat.evaluation.metrics import table
-from nanochat.evaluation.rag import Options, measure_rag
-from nanochat.evaluation.rag_commands import open_world_of
+from nanochat.evaluation.rag import GREEDY, Options, measure_rag
+from nanochat.evaluation.rag_commands import LONGEST, open_world_of
 from nanochat.evaluation.rag_questions import world_questions
-from nanochat.intervals import Metric, exact
+from nanochat.evaluation.rag_result import RagResult
+from nanochat.evaluation.refrag import Hops, measure_refrag
+from nanochat.intervals import Metric, exact, mean
 from nanochat.rag.knowledge import Knowledge, open_knowledge
 from nanochat.rag.tasks import as_document
 from nanochat.report import write_report
@@ -34,6 +36,7 @@ from nanochat.runtime import log
 from nanochat.tasks.registry import open_task
 from nanochat.training.commands import TokenizerSettings, run_dir, train_base, train_mid, train_sft, train_tokenizer
 from nanochat.training.rag import RagSettings, train_rag
+from nanochat.training.refrag import RefragSettings, train_refrag
 from nanochat.training.settings import BaseSettings, MidSettings, SFTSettings
 
 
@@ -55,12 +58,14 @@ class Profile:
     rag_steps: int
     rag_rows: int
     rag_documents: int  # in a prompt, at most
+    refrag_steps: int  # of the supervised stage
+    refrag_rounds: int  # of reinforcement learning
 
 
 RAG_LEN = 1024  # tokens of a row of contexts
 PROFILES = {
-    "cpu": Profile(120, 1000, 40, 1024, 4, 128, 256, 8, 400, 500, 50, 2000, 1, 3),
-    "gpu": Profile(1000, 8000, 60, 2048, 6, 384, 512, 32, 1200, 1000, 100, 4000, 8, 5),
+    "cpu": Profile(120, 1000, 40, 2048, 4, 128, 256, 8, 400, 500, 50, 2000, 1, 3, 1500, 16),
+    "gpu": Profile(1000, 8000, 60, 2048, 6, 384, 512, 32, 1200, 1000, 100, 4000, 8, 5, 3000, 100),
 }
 
 
@@ -90,11 +95,18 @@ class QuickstartSettings:
     """dtype of activations: auto, float32, bfloat16 or float16"""
     scale: float = 1.0
     """factor on the steps of every stage"""
-    rag: bool = False
+    rag: bool = True
     """also train on documents in the prompt, and build a knowledge base of people the model never heard of (on a CPU
-    about five minutes more, after which it still mixes documents up: docs/rag.md)"""
+    about five minutes more)"""
+    refrag: bool = True
+    """also train to search in several hops, first by example, then by reward (only with rag; about six minutes more)"""
     rag_questions: int = 500
     """questions of each kind about the knowledge base at most"""
+
+    @property
+    def searches(self) -> bool:
+        """Whether there is a stage that searches by itself."""
+        return self.rag and self.refrag
 
 
 @dataclass(frozen=True)
@@ -106,6 +118,8 @@ class Plan:
     mid: MidSettings
     sft: SFTSettings
     rag: RagSettings
+    refrag_sft: RefragSettings
+    refrag: RefragSettings
     rag_world: str
     evaluation: dict[str, str]
 
@@ -138,6 +152,11 @@ def plan(settings: QuickstartSettings) -> Plan:
     def steps(n: int) -> int:
         return max(1, round(n * settings.scale))
 
+    search: dict[str, Any] = {
+        **where, "seed": settings.seed, "device": settings.device, "dtype": settings.dtype, "eval_tokens": 16384,
+        "sequence_len": RAG_LEN, "top_k": 1, "contexts": f"entities=120,seed={settings.world_seed}",
+        "warm_start_rows": p.rag_rows, "warm_start_lr_scale": RagSettings.lr_scale, "save_every": 200,
+    }  # fmt: skip
     return Plan(
         TokenizerSettings(**where, data=text, vocab_size=p.vocab_size),
         BaseSettings(
@@ -152,6 +171,9 @@ def plan(settings: QuickstartSettings) -> Plan:
             source="sft", contexts=f"seed={settings.world_seed},n={rag_contexts(p, settings.scale)},"
             f"documents={p.rag_documents},questions=12", num_iterations=steps(p.rag_steps), top_k=p.rag_documents,
         ),
+        RefragSettings(**search, warm_start_steps=steps(p.refrag_steps), use_rewards=False),
+        RefragSettings(**search, source="refrag_sft", warm_start_steps=0, num_iterations=steps(p.refrag_rounds),
+                       eval_prompts=32),
         f"world:seed={settings.world_seed + 1},known=10,new={p.new}",
         {
             "closed_book_known_em": f"world-qa:{world},split=known,{asked},style=sentence",
@@ -161,8 +183,8 @@ def plan(settings: QuickstartSettings) -> Plan:
 
 
 def rag_contexts(p: Profile, scale: float) -> int:
-    """How many contexts the RAG stage reads: one fills about 540 tokens."""
-    return max(20, round(scale * p.rag_steps * p.rag_rows * RAG_LEN / 540))
+    """How many contexts the RAG stage reads: one fills about 490 tokens."""
+    return max(20, round(scale * p.rag_steps * p.rag_rows * RAG_LEN / 490))
 
 
 class Clock:
@@ -187,6 +209,11 @@ class Clock:
             self.path.write_text(json.dumps(self.seconds))
 
 
+    def of(self, kind: str) -> float:
+        """Seconds of all parts whose names begin with this word."""
+        return sum(seconds for name, seconds in self.seconds.items() if name.split("_")[0] == kind)
+
+
 def run_quickstart(settings: QuickstartSettings) -> dict[str, Metric]:
     """Do what is not done yet, write report.html and report.json, and return the metrics."""
     todo = plan(settings)
@@ -202,6 +229,9 @@ def run_quickstart(settings: QuickstartSettings) -> dict[str, Metric]:
     ]
     if settings.rag:
         stages.append(("rag", lambda: train_rag(todo.rag)))
+    if settings.searches:
+        stages.append(("refrag_sft", lambda: train_refrag(todo.refrag_sft)))
+        stages.append(("refrag", lambda: train_refrag(todo.refrag)))
     for name, train in stages:
         if complete(directory / name):
             log.info("%s: complete", name)
@@ -214,9 +244,14 @@ def run_quickstart(settings: QuickstartSettings) -> dict[str, Metric]:
         found, more = clock.time("rag_evaluation", lambda: measure_grounded(settings, todo, directory))
         metrics |= found
         samples += more
-        metrics["rag_seconds"] = exact(clock.seconds["rag"] + clock.seconds["rag_evaluation"])
+        metrics["rag_seconds"] = exact(clock.of("rag"))
+    if settings.searches:
+        found, more = clock.time("refrag_evaluation", lambda: measure_searching(settings, todo, directory))
+        metrics |= found
+        samples += more
+        metrics["refrag_seconds"] = exact(clock.of("refrag"))
     metrics |= {
-        "train_seconds": exact(sum(s for name, s in clock.seconds.items() if not name.startswith("rag"))),
+        "train_seconds": exact(sum(clock.seconds.values()) - clock.of("rag") - clock.of("refrag")),
         "tokens_per_second": exact(read_meta_of(directory / "base")["metrics"]["tokens_per_second"]),
     }
     extra = {"samples": samples, "timings": clock.seconds, "settings": asdict(settings)}
@@ -285,6 +320,35 @@ def measure_grounded(
     options = Options(top_k=todo.rag.top_k, n_latency=0, seed=settings.eval_seed, progress=True)
     result = measure_rag(chat.model, chat.tokenizer, knowledge, questions, options)
     return result.metrics(), result.samples(6)
+
+
+def measure_searching(
+    settings: QuickstartSettings, todo: Plan, directory: Path
+) -> tuple[dict[str, Metric], list[dict[str, Any]]]:
+    """Questions of two and three hops about the same world: to the model that searches, before and after it learnt from
+    rewards, and with one search for as many documents to the RAG model."""
+    world, wanted = open_world_of(todo.rag_world), settings.rag_questions
+    knowledge = build_knowledge(directory / "knowledge_base", world)
+    questions = world_questions(world, wanted, -(-wanted // 5), settings.eval_seed, (2, 3))
+    hops = Hops(todo.refrag.max_hops, todo.refrag.top_k)
+    options = Options(
+        top_k=hops.max_hops * hops.top_k, n_latency=0, seed=settings.eval_seed, progress=True,
+        sampling=replace(GREEDY, max_tokens=LONGEST["refrag"]),
+    )  # fmt: skip
+    results: dict[str, RagResult] = {}
+    for stage in ("rag", "refrag_sft", "refrag"):
+        chat = load_checkpoint(str(directory / stage), device=settings.device, dtype=settings.dtype)
+        asked = (chat.model, chat.tokenizer, knowledge, questions, options)
+        results[stage] = measure_rag(*asked, ["rag"]) if stage == "rag" else measure_refrag(*asked, hops, ["refrag"])
+    metrics = results["refrag"].metrics()
+    before, after = (
+        [float(j.right) for j in results[stage].columns["refrag"].judged if j.question.answerable]
+        for stage in ("refrag_sft", "refrag")
+    )
+    metrics["refrag_sft_em"] = results["refrag_sft"].metrics()["refrag_em"]
+    metrics["refrag_rl_gain"] = mean([b - a for a, b in zip(before, after)], settings.eval_seed)
+    metrics["multihop_one_shot_em"] = results["rag"].metrics()["rag_em"]
+    return metrics, results["refrag"].samples(6)
 
 
 def build_knowledge(path: Path, world: World) -> Knowledge:

@@ -9,7 +9,7 @@ from nanochat.errors import UsageError
 from nanochat.pipeline import PROFILES, Profile, QuickstartSettings, plan, run_quickstart
 from nanochat.tasks.registry import open_task
 
-TINY = Profile(16, 40, 3, 400, 1, 32, 64, 2, 3, 3, 2, 2, 1, 2)
+TINY = Profile(16, 80, 3, 400, 1, 32, 64, 2, 3, 3, 2, 2, 1, 2, 2, 1)
 
 
 @pytest.fixture
@@ -18,17 +18,18 @@ def tiny(monkeypatch):
 
 
 def settings(tmp_path, **more):
-    given = {"eval_questions": 6, "rag_questions": 3, "rag": True, **more}
+    given = {"eval_questions": 6, "rag_questions": 3, "refrag": False, **more}
     return QuickstartSettings(out_dir=str(tmp_path), run="r", device="cpu", profile="cpu", **given)
 
 
 def test_ends_with_a_report(tiny, tmp_path):
-    metrics = run_quickstart(settings(tmp_path, pattern="transformer"))
+    metrics = run_quickstart(settings(tmp_path, pattern="transformer", refrag=True))
     found = json.loads((tmp_path / "r" / "report.json").read_text())["metrics"]
     for name in (
         "train_seconds", "closed_book_known_em", "closed_book_new_abstain", "val_bpb", "tokens_per_second",
         "closed_book_new_em", "rag_em", "rag_gold_em", "rag_shuffled_em", "hallucination_rate",
-        "abstain_unanswerable", "rag_seconds",
+        "abstain_unanswerable", "rag_seconds", "refrag_em", "refrag_sft_em", "refrag_rl_gain", "refrag_seconds",
+        "multihop_one_shot_em", "refrag_hallucination_rate",
     ):  # fmt: skip
         assert set(found[name]) >= {"value", "n", "low", "high"}
         assert found[name]["value"] == pytest.approx(metrics[name].value)

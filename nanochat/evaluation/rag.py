@@ -48,9 +48,10 @@ from nanochat.evaluation.rag_result import CONDITIONS, HEADINGS, SEARCHING, Colu
 from nanochat.intervals import Metric, exact
 from nanochat.model.lm import LM
 from nanochat.rag import support
-from nanochat.rag.citations import Answer, parse
+from nanochat.rag.citations import ABSTAINED, Answer, parse
+from nanochat.rag.grounded import to_reread
 from nanochat.rag.knowledge import Searcher
-from nanochat.rag.prompt import retrieval_message
+from nanochat.rag.prompt import focused, headings, retrieval_message
 from nanochat.rag.questions import RagQuestion
 from nanochat.retrieval.document import Document, Embedder
 from nanochat.runtime import log
@@ -69,6 +70,7 @@ class Options:
     max_tokens_documents: int = 0  # 0: all the room that question and answer leave
     batch_size: int = 32
     sampling: Sampling = GREEDY
+    reread: bool = True  # answer twice, the second time from the documents that the first answer cites (rag.grounded)
     contrast: bool = False  # measure the hallucination score with the model's contrast too (two more passes an answer)
     embedder: Embedder | None = None  # and with embeddings
     n_latency: int = 10  # questions that are answered one at a time, with a clock
@@ -192,10 +194,29 @@ class Asker:
 
     def ask(self, condition: str, numbers: Sequence[int]) -> Iterator[Judged]:
         prepared = [self.prepare(condition, i) for i in numbers]
-        completions = self.engine.generate_batch([p.ids for p in prepared], self.options.sampling)
-        for i, p, completion in zip(numbers, prepared, completions):
-            answer = parse(completion.ids, self.tokenizer, len(p.documents))
+        for i, p, answer in zip(numbers, prepared, self.answers(prepared)):
             yield self.judge(condition, i, p, answer)
+
+    def answers(self, prepared: Sequence[Prepared]) -> list[Answer]:
+        """What the model says, after a draft where it reads again."""
+        found = self.read([p.ids for p in prepared], prepared)
+        if not self.options.reread:
+            return found
+        again = [i for i, p in enumerate(prepared) if to_reread(found[i], len(p.documents))]
+        prompts = []
+        for i in again:
+            shown = [
+                focused(message, found[i].citations) if message["role"] == "retrieval" else message
+                for message in prepared[i].messages
+            ]
+            prompts.append(self.tokenizer.render_prompt({"messages": shown}).ids)
+        said = dict(zip(again, self.read(prompts, [prepared[i] for i in again])))
+        return [said.get(i) or (ABSTAINED if draft.unfounded else draft) for i, draft in enumerate(found)]
+
+    def read(self, prompts: Sequence[Sequence[int]], prepared: Sequence[Prepared]) -> list[Answer]:
+        """An answer to each prompt, about the documents that were prepared for it."""
+        completions = self.engine.generate_batch(prompts, self.options.sampling)
+        return [parse(c.ids, self.tokenizer, headings(p.documents)) for c, p in zip(completions, prepared)]
 
     def prepare(self, condition: str, number: int) -> Prepared:
         """The prompt of a question under a condition."""
@@ -287,7 +308,7 @@ class Asker:
         for i in some:
             began = time.perf_counter()
             prepared = self.prepare(condition, i)
-            self.engine.generate_batch([prepared.ids], self.options.sampling)
+            self.answers([prepared])
             times.append(time.perf_counter() - began + prepared.seconds)
         found = {"latency_ms": exact(1e3 * statistics.median(times), len(times))}
         if condition == "rag" and self.knowledge is not None:

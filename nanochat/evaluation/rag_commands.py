@@ -64,6 +64,8 @@ class RagEvalSettings(EvalSettings):
     """order of the documents in the prompt: best_first, best_last or shuffled (by --seed)"""
     max_tokens_documents: int = 0
     """tokens that documents may take (0: all that question and answer leave)"""
+    reread: bool = True
+    """answer twice, the second time from the documents that the first answer cites (False: the first one counts)"""
     conditions: tuple[str, ...] = ()
     """columns of the table (default: all of the mode): closed_book, rag, rag_gold, rag_shuffled, no_documents, refrag,
     refrag_shuffled"""
@@ -134,7 +136,7 @@ def evaluate_rag_settings(settings: RagEvalSettings) -> RagResult:
         options = Options(
             settings.top_k, settings.order, settings.max_tokens_documents, settings.batch_size,
             Sampling(max_tokens=settings.longest, temperature=settings.temperature, seed=settings.seed),
-            settings.contrast, None, settings.latency_questions, settings.seed, progress=True,
+            settings.reread, settings.contrast, None, settings.latency_questions, settings.seed, progress=True,
         )  # fmt: skip
         result = measure(settings, loaded, knowledge, questions, options)
     save(settings, loaded, result, new=world is not None)

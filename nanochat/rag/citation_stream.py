@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from nanochat.rag.citations import number_of
+from collections.abc import Sequence
+
+from nanochat.rag.citations import resolve
 from nanochat.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -10,11 +12,11 @@ class CitationStream:
     """Tokens in, text out: what `citations.parse(...).render()` says of all tokens, piece by piece.
 
     The model cites before a sentence, the text shows the citation behind it: `[n]` comes out when the sentence has
-    ended. Citations that name none of the `n_documents` leave no trace. A decoder for `Engine`.
+    ended. Citations that name none of the documents with these `headings` leave no trace. A decoder for `Engine`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, n_documents: int) -> None:
-        self.tokenizer, self.n_documents = tokenizer, n_documents
+    def __init__(self, tokenizer: Tokenizer, headings: Sequence[str]) -> None:
+        self.tokenizer, self.headings = tokenizer, list(headings)
         self._start, self._end = tokenizer.special("cite_start"), tokenizer.special("cite_end")
         self._abstain = tokenizer.special("abstain")
         self._decoder = StreamDecoder(tokenizer, skip_special=True)
@@ -36,8 +38,8 @@ class CitationStream:
         if ids != self._end:
             self._inside.append(ids)
             return ""
-        number = number_of(self.tokenizer.decode(self._inside))
-        if 1 <= number <= self.n_documents:
+        number = resolve(self.tokenizer.decode(self._inside), self.headings)
+        if number:
             self._cited.append(number)
         self._inside = None
         return ""

@@ -19,7 +19,7 @@ from nanochat.engine.tools import Call, Request, Result
 from nanochat.errors import UsageError
 from nanochat.rag.citations import Answer, parse
 from nanochat.rag.knowledge import Searcher
-from nanochat.rag.prompt import aggregate, distinct, fit, result_part, said
+from nanochat.rag.prompt import aggregate, distinct, fit, headings, result_part, said
 from nanochat.retrieval.document import Document, Hit
 from nanochat.tokenizer import Tokenizer
 
@@ -155,7 +155,7 @@ def answer_ids(rollout: Rollout) -> list[int]:
 
 def read_answer(rollout: Rollout, tokenizer: Tokenizer) -> Answer:
     """The answer with its citations, which name the documents of all hops. A row that ended in a search said none."""
-    return parse(answer_ids(rollout), tokenizer, len(documents_of(rollout.calls)))
+    return parse(answer_ids(rollout), tokenizer, headings(documents_of(rollout.calls)))
 
 
 def search_in_hops(

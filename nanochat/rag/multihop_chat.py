@@ -25,6 +25,7 @@ from nanochat.errors import NanochatError, UsageError
 from nanochat.model.lm import LM
 from nanochat.rag.calibration import DEFAULT, Calibration
 from nanochat.rag.citation_stream import CitationStream
+from nanochat.rag.citations import headings_in
 from nanochat.rag.grounded import GroundedAnswer, as_messages, lay_out
 from nanochat.rag.knowledge import Searcher
 from nanochat.rag.multihop import Hop, Query, SearchTool, Select, Stop, as_written, documents_of, hops_of, read_answer
@@ -146,10 +147,9 @@ class _Visible:
     """The text of a rollout: what the model says outside of its calls."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], max_tokens: int) -> None:
-        self.decoder = CitationStream(tokenizer, 0)
+        self.decoder = CitationStream(tokenizer, [])
         self.text = TextStream(self.decoder, stop)
         self.start, self.end = tokenizer.special(SearchTool.start), tokenizer.special(SearchTool.end)
-        self.document = tokenizer.special("doc_start")
         self.inside = False
         self.said = self.held = ""
         self.room = max_tokens
@@ -173,7 +173,7 @@ class _Visible:
     def read(self, step: Step) -> None:
         """What else a step brings: documents that may be cited from now on, or the end."""
         if not step.sampled:
-            self.decoder.n_documents += step.ids.count(self.document)
+            self.decoder.headings += headings_in(step.ids, self.decoder.tokenizer)
         if step.finished is not None:
             self.held += self.text.finish()
 

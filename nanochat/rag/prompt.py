@@ -87,6 +87,16 @@ def heading(title: str, number: int) -> str:
     return f" {short}{number}"
 
 
+def headings(documents: Sequence[Document]) -> list[str]:
+    """Those of documents numbered from 1."""
+    return [heading(document.title, n) for n, document in enumerate(documents, 1)]
+
+
+def focused(message: dict[str, Any], numbers: Sequence[int]) -> dict[str, Any]:
+    """A retrieval message with these of its documents only, under their old headings."""
+    return {**message, "content": [message["content"][n - 1] for n in sorted(set(numbers))]}
+
+
 def preface(document: Document) -> str:
     """What comes before the text under a heading: the title where the heading has only its beginning."""
     return f"{document.title}\n" if len(" ".join(document.title.split())) > HEADING else ""

@@ -17,7 +17,7 @@ from nanochat.data.shuffle import Draws, mix
 from nanochat.data.world import VAL_WORDING, Question, World
 from nanochat.rag.citations import number_of
 from nanochat.rag.knowledge import Library, Searcher
-from nanochat.rag.prompt import Block, heading, retrieval_message
+from nanochat.rag.prompt import Block, document_parts, heading, retrieval_message
 from nanochat.rag.questions import RagQuestion
 from nanochat.retrieval.document import Document
 from nanochat.tasks.task import Task, check_index, message_text
@@ -66,8 +66,9 @@ def namesakes(world: World, pool: range, entity: int) -> list[int]:
 class RagWorld:
     """`n` contexts of given documents, each with several questions.
 
-    Every context comes from a world of its own (seeds from `seed` on), so that nothing can be known by heart. It holds
-    one to `documents` documents, half of the time of namesakes (`ALIKE`). `absent`: share of the questions that the
+    Every context comes from a world of its own (seeds from `seed` on), so that nothing can be known by heart. Half of
+    them hold one document, under any number, as when a cited document is read again (`rag.prompt.focused`); the others
+    two to `documents` documents, half of the time of namesakes (`ALIKE`). `absent`: share of the questions that the
     documents do not answer: about somebody else, or about something that no document states. `facts` > 0 cuts documents
     to so many sentences and takes them from entities of one kind: then only the names tell them apart.
     """
@@ -102,12 +103,14 @@ class RagWorld:
             relations, document = self.document(world, entity, draws)
             stated.append(relations)
             documents.append(document)
-        messages: list[dict[str, Any]] = [retrieval_message(documents).message]
+        first = 1 + draws.below(self.n_documents) if len(documents) == 1 else 1
+        messages: list[dict[str, Any]] = [{"role": "retrieval", "content": document_parts(documents, first)}]
         for _ in range(self.n_questions):
-            question, number = self.ask(world, pool, entities, stated, draws)
+            question, number = self.ask(world, pool, entities, stated, draws, first)
             assert question.entity is not None
-            about = entities.index(question.entity) + 1 if question.entity in entities else 0
-            label = heading(documents[about - 1].title, about) if about else f" {world.name(question.entity)}"
+            about = entities.index(question.entity) if question.entity in entities else None
+            name = world.name(question.entity)
+            label = f" {name}" if about is None else heading(documents[about].title, first + about)
             answer = cited_answer([label], question.sentence) if number else [cite(label), *abstention()]
             messages += [{"role": "user", "content": question.text}, {"role": "assistant", "content": answer}]
         return {
@@ -119,7 +122,7 @@ class RagWorld:
 
     def entities(self, world: World, pool: range, draws: Draws) -> list[int]:
         """Different entities, at most `documents` of them."""
-        n = 1 + draws.below(self.n_documents)
+        n = 1 if draws.below(2) or self.n_documents == 1 else 2 + draws.below(self.n_documents - 1)
         shown = [draws.choice(pool)]
         kind = world.entity(shown[0]).kind if self.facts else None
         alike = namesakes(world, pool, shown[0]) if n > 1 and draws.below(1000) < 1000 * ALIKE else []
@@ -141,7 +144,7 @@ class RagWorld:
         return [relation for relation, _ in statements], as_document(record)
 
     def ask(
-        self, world: World, pool: range, shown: list[int], stated: list[list[str]], draws: Draws
+        self, world: World, pool: range, shown: list[int], stated: list[list[str]], draws: Draws, first: int = 1
     ) -> tuple[Question, int]:
         """A question, and the number of the document that answers it (0: none)."""
         kind = draws.below(1000)
@@ -152,7 +155,7 @@ class RagWorld:
             entity = draws.choice([i for i in alike or pool if i not in shown] or [i for i in pool if i not in shown])
             return world.question(entity, (draws.choice(list(world.entity(entity).facts)),), draws.bits()), 0
         place = draws.below(len(shown))
-        return world.question(shown[place], (draws.choice(stated[place]),), draws.bits()), place + 1
+        return world.question(shown[place], (draws.choice(stated[place]),), draws.bits()), first + place
 
     def evaluate(self, conversation: dict[str, Any], completion: str) -> bool:
         """See `judge`."""

@@ -128,12 +128,45 @@ def test_an_answer_brings_its_citations_documents_and_support():
 
 def test_several_citations_come_behind_their_sentences_as_they_are_written():
     script = [*cite(2), *cite(1), *text("Mara Velt of Fairfield founded it. "), *cite(7), *cite(1), *text("So it is.")]
-    pieces, answer = drain(scripted(*script).stream_chat("Who is Mara of Torwick?"))
+    pieces, answer = drain(scripted(*script, reread=False).stream_chat("Who is Mara of Torwick?"))
     assert "".join(pieces) == answer.text == "Mara Velt of Fairfield founded it. [2] [1] So it is. [1]"
     assert answer.answer.render() == answer.text
     assert answer.answer.invalid == ("7",)
     assert [d.id for d in answer.citations] == ["mara", "torwick"]
     assert len(pieces) > 10
+
+
+def test_the_answer_is_written_from_the_documents_that_the_draft_cites():
+    draft, answer = [*cite(2), *text("In Orvane."), TOKENIZER.eot], [*cite(2), *text("In Fairfield.")]
+    chat = scripted(*draft, *answer)
+    pieces, found = drain(chat.stream_chat("Where was Mara of Torwick born?"))
+    assert "".join(pieces) == found.text == "In Fairfield. [2]"
+    assert len(pieces) > 1
+    assert found.documents == (DOCUMENTS[0], DOCUMENTS[1])
+    assert found.citations == (DOCUMENTS[1],)
+    first, again = chat.model.prompt.split("<|bos|>")[1:]
+    assert " Torwick1<" in first
+    assert " Mara Velt2<" in again
+    assert " Torwick1<" not in again
+
+
+def test_a_draft_stands_where_there_is_nothing_to_read_again():
+    everything = [*cite(1), *cite(2), *text("Mara Velt of Fairfield.")]
+    for script in (everything, text("Nobody knows."), [ABSTAIN, *text("I do not know.")]):
+        chat = scripted(*script)
+        assert chat.chat("Who is Mara of Torwick?").completion.ids == [*script, TOKENIZER.eot]
+        assert chat.model.prompt.count("<|bos|>") == 1
+    alone = scripted(*cite(1), *text("Mara Velt."))
+    alone.chat("Who founded Torwick?")  # one document: no draft
+    assert alone.model.prompt.count("<|bos|>") == 1
+
+
+def test_a_draft_that_cites_only_what_is_not_there_becomes_an_abstention():
+    chat = scripted(CITE, *text("Kay Oakes2"), CITED, *text("In Fairfield."))
+    answer = chat.chat("Where was Mara of Torwick born?")
+    assert answer.abstained
+    assert (answer.text, answer.citations, answer.support) == (ABSTENTION, (), ())
+    assert not scripted(CITE, *text("Kay Oakes2"), CITED, *text("So."), reread=False).chat("Mara of Torwick?").abstained
 
 
 TOKENS = [CITE, CITED, ABSTAIN, DOC_END, *b" \n12a.", *"é".encode(), 0xE2]
@@ -142,9 +175,10 @@ TOKENS = [CITE, CITED, ABSTAIN, DOC_END, *b" \n12a.", *"é".encode(), 0xE2]
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.sampled_from(TOKENS), max_size=25), st.integers(0, 12))
 def test_the_stream_says_what_the_whole_answer_says(ids, n_documents):
-    stream = CitationStream(TOKENIZER, n_documents)
+    names = [f" {n}" for n in range(1, n_documents + 1)]
+    stream = CitationStream(TOKENIZER, names)
     pieces = [*map(stream.feed, ids), stream.flush()]
-    assert "".join(pieces) == parse(ids, TOKENIZER, n_documents).render()
+    assert "".join(pieces) == parse(ids, TOKENIZER, names).render()
 
 
 def test_documents_come_first_then_the_conversation_without_old_citations():

@@ -51,17 +51,20 @@ def test_every_answer_of_a_context_stands_in_the_document_it_cites() -> None:
                 assert name in question["content"]
                 assert all(name not in document["title"] for document in documents)
                 continue
-            document = documents[number - 1]
+            document = documents[number - 1 if len(documents) > 1 else 0]
             title = document["title"].rstrip("0123456789").strip()
             assert document["title"] == f" {title}{number}" == answer["content"][0]["text"]
             assert title in question["content"]
     assert 0.2 < abstained / (abstained + answered) < 0.4
+    alone = [number_of(d[0]["title"]) for i in range(60) if len(d := task[i]["messages"][0]["content"]) == 1]
+    assert len(alone) > 20
+    assert set(alone) == {1, 2, 3, 4}  # as when a cited document is read again
 
 
 def test_contexts_are_the_same_each_time_and_never_share_a_world() -> None:
     assert RagWorld(seed=2)[17] == RagWorld(seed=2)[17]
     texts = {part["text"] for i in range(50) for part in RagWorld(seed=2)[i]["messages"][0]["content"]}
-    assert len(texts) > 90  # 100 documents on average
+    assert len(texts) > 75  # 88 documents on average
 
 
 def test_the_judge_wants_the_right_document_and_the_right_answer() -> None:
@@ -144,6 +147,6 @@ def test_what_the_model_says_is_read_as_it_was_written() -> None:
     conversation = RagWorld(seed=9, n=5, documents=2, questions=1, absent=0.0)[0]
     rendered = T.render(conversation)
     produced = [i for i, m in zip(rendered.ids, rendered.mask) if m]
-    answer = parse(produced, T, len(conversation["messages"][0]["content"]))
+    answer = parse(produced, T, [part["title"] for part in conversation["messages"][0]["content"]])
     assert list(answer.citations) == conversation["gold_numbers"]
     assert answer.text == conversation["messages"][-1]["content"][1]["text"].strip()

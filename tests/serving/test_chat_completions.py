@@ -181,7 +181,7 @@ def test_the_trace_of_searches(searching, monkeypatch):
         hops = tuple(Hop(f"query {n}", (), (d,), n) for n, d in enumerate(DOCUMENTS, 1))
         rollout = Rollout([1, 2], [3, 4, *ids], [True] * 9, [0.0] * 9, (), "stop")
         return SearchedAnswer(
-            "In 1203. [2]", parse(ids, tokenizer, 2), tuple(DOCUMENTS), (), "query 2", 0.1,
+            "In 1203. [2]", parse(ids, tokenizer, [" a1", " b2"]), tuple(DOCUMENTS), (), "query 2", 0.1,
             Completion(ids, "In 1203. [2]", [0.0] * len(ids), "stop"), hops, rollout,
         )  # fmt: skip
 
