@@ -4,42 +4,52 @@
 
 Random weights; questions of the tiny world with text before them (--prompt tokens), greedy answers of --tokens tokens.
 Each stream sends its next request when its last one has been answered. `http` is the server in a process of its own and
-its clients here; `engine` is the same scheduler with its consumers on one event loop and no HTTP. Milliseconds:
+its clients here; `engine` is the same scheduler with its consumers on one event loop and no HTTP. Clients share the
+machine with the server, which real ones do not: they only note when bytes come, and read them when all is over. What
+they take all the same stands in `client`. Milliseconds:
 
     ttft         from the request to the first token (p50, p99)
     tpot         each further token, the mean of a request (p50)
     itl          from one piece of text to the next (p50, p99)
     tokens       a second, all streams together; `goodput`: requests a second with ttft <= --slo_ttft and
                  tpot <= --slo_tpot seconds
+    cpu_us       microseconds of all threads of server or engine, user and system, for each token
+    client       processor seconds of the clients, a second
 
 Ratios:
 
     batch<n>_over_1        tokens a second of n streams over those of one (engine)
     http_over_engine_<n>   tokens a second
-    health_p99_ms          of /health while the most streams run
+    http_cpu_<n>           cpu_us of http over engine: it means something on a busy machine too
+    health_p99_ms          of /health while the most streams run (in a round of its own)
     turn2_over_cold_<p>    ttft of the second turn of a long conversation, over the same prompt without a cache
     tokens_after_cancel    the most that a cancelled request still got
-    soak_rss_growth        memory of the server after all --soak requests (64 streams) over that after a fifth of them
-    soak_errors            of those requests
+    soak_rss_growth        by how much the server's memory grows from a fifth of the --soak requests to all (64 streams)
+    soak_errors            of those requests; their messages are printed
+
+The soak alone, with a model that answers fast:
+
+    python -m benchmarks.serve --streams --turns --soak 10000 --depth 1 --width 64
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
+import os
 import random
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import report
 from benchmarks.first_token import build
+from benchmarks.serve_clients import Ask, Seen, get, load, look, post
 from nanochat.data.world import World
 from nanochat.engine.batching import Request, Scheduler
 from nanochat.engine.prefix import PrefixCache
@@ -48,7 +58,6 @@ from nanochat.model.lm import LM
 from nanochat.tokenizer import Tokenizer
 
 TURN = 1000  # tokens of the conversation whose second turn is timed
-HEALTH_PAUSE = 0.05  # seconds between two looks at /health
 
 
 def main() -> None:
@@ -80,10 +89,12 @@ def main() -> None:
         rows += found
         ratios |= compared
     of = {(row["way"], row["streams"]): row["tokens"] for row in rows}
+    cpu = {(row["way"], row["streams"]): row["cpu_us"] for row in rows}
     for n in args.streams:
         if n > 1 and ("engine", 1) in of:
             ratios[f"batch{n}_over_1"] = of["engine", n] / of["engine", 1]
         ratios[f"http_over_engine_{n}"] = of["http", n] / of["engine", n]
+        ratios[f"http_cpu_{n}"] = cpu["http", n] / cpu["engine", n]
     for pattern in args.turns:
         ratios[f"turn2_over_cold_{pattern}"] = second_turn(build(pattern, args, tokenizer), tokenizer, documents)
     report("serve", rows, ratios)
@@ -99,44 +110,23 @@ def questions(documents: Sequence[str], tokenizer: Tokenizer, n_tokens: int) -> 
     return texts
 
 
-# ---- clients
+# ---- figures
 
 
-@dataclass
-class Seen:
-    """What a client saw of one request: when it sent it, when text came, and how many tokens that was in all."""
-
-    began: float = field(default_factory=time.perf_counter)
-    at: list[float] = field(default_factory=list)
-    n: int = 0
-    failed: str = ""
-
-    @property
-    def ttft(self) -> float:
-        return self.at[0] - self.began if self.at else 0.0
-
-    @property
-    def gaps(self) -> list[float]:
-        return [b - a for a, b in zip(self.at, self.at[1:])]
-
-    @property
-    def tpot(self) -> float:
-        return (self.at[-1] - self.at[0]) / (self.n - 1) if self.n > 1 else 0.0
-
-
-Ask = Callable[[str], Awaitable[Seen]]
-
-
-async def load(ask: Ask, texts: Sequence[str], n_streams: int, n_requests: int) -> tuple[list[Seen], float]:
-    """All requests, by so many streams; and the seconds that they took."""
-    waiting = iter([texts[i % len(texts)] for i in range(n_requests)])
-
-    async def stream() -> list[Seen]:
-        return [await ask(text) for text in waiting]
-
-    began = time.perf_counter()
-    found = await asyncio.gather(*(stream() for _ in range(n_streams)))
-    return [seen for some in found for seen in some], time.perf_counter() - began
+def timed(
+    way: str, ask: Ask, texts: Sequence[str], n: int, args: argparse.Namespace, pid: int
+) -> dict[str, Any]:
+    """--requests of each of n streams, after one of each to warm up. pid: of server or engine."""
+    asyncio.run(load(ask, texts[-n:], n, n))
+    before, own = cpu_seconds(pid), time.process_time()
+    seen, seconds = asyncio.run(load(ask, texts, n, n * args.requests))
+    used, own = cpu_seconds(pid) - before, time.process_time() - own
+    for one in seen:
+        if one.expected:
+            one.read()
+    row = summary(way, n, seen, seconds, args)
+    row["cpu_us"] = 1e6 * used / sum(one.n for one in seen)
+    return row | ({"client": own / seconds} if way == "http" else {})
 
 
 def summary(way: str, n: int, seen: Sequence[Seen], seconds: float, args: argparse.Namespace) -> dict[str, Any]:
@@ -170,7 +160,6 @@ def measure_engine(
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     model = build(args.pattern, args, tokenizer)
     sampling = Sampling(max_tokens=args.tokens, temperature=0.0)
-    rows = []
     with make_scheduler(model, tokenizer, args) as scheduler:
 
         async def ask(text: str) -> Seen:
@@ -182,9 +171,7 @@ def measure_engine(
                 seen.failed = event.finish_reason if event.finish_reason not in ("", "length") else ""
             return seen
 
-        for n in args.streams:
-            asyncio.run(load(ask, texts[-n:], n, n))  # warms up
-            rows.append(summary("engine", n, *asyncio.run(load(ask, texts, n, n * args.requests)), args))
+        rows = [timed("engine", ask, texts, n, args, os.getpid()) for n in args.streams]
         return rows, {"tokens_after_cancel": tokens_after_cancel(scheduler)}
 
 
@@ -250,24 +237,22 @@ def serve(model: LM, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
 def measure_http(
     texts: Sequence[str], tokenizer: Tokenizer, args: argparse.Namespace
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    rows: list[dict[str, Any]] = []
     ratios: dict[str, float] = {}
     with running(args) as (port, process):
 
         async def ask(text: str, tokens: int = args.tokens) -> Seen:
             return await post(port, text, tokens)
 
-        async def watched(n: int) -> tuple[list[Seen], float]:
+        async def watched(n: int) -> None:
             looking = asyncio.create_task(look(port, health))
-            found = await load(ask, texts, n, n * args.requests)
+            await load(ask, texts, n, n)
             looking.cancel()
-            return found
 
-        for n in args.streams:
+        rows = [timed("http", ask, texts, n, args, process.pid) for n in args.streams]
+        if args.streams:
             health: list[float] = []
-            asyncio.run(load(ask, texts[-n:], n, n))
-            rows.append(summary("http", n, *asyncio.run(watched(n)), args))
-        ratios["health_p99_ms"] = 1000 * quantile(health, 0.99)
+            asyncio.run(watched(max(args.streams)))
+            ratios["health_p99_ms"] = 1000 * quantile(health, 0.99)
         if args.soak:
             ratios |= soak(lambda text: ask(text, 1), texts, args.soak, process.pid)
     return rows, ratios
@@ -300,61 +285,30 @@ def running(args: argparse.Namespace) -> Any:
         process.wait(60)
 
 
-async def post(port: int, text: str, tokens: int) -> Seen:
-    """One streamed answer. The lines of HTTP's chunks are not looked at: a frame is a line."""
-    body = {"messages": [{"role": "user", "content": text}], "max_tokens": tokens, "temperature": 0, "stream": True}
-    body["stream_options"] = {"include_usage": True}
-    seen = Seen()
-    reader, writer = await send(port, "POST", "/v1/chat/completions", json.dumps(body).encode())
-    async for line in reader:
-        if line.startswith(b"HTTP/1.1 ") and b" 200 " not in line:
-            seen.failed = line.decode().strip()
-        if line.startswith(b"data: {"):
-            frame = json.loads(line[6:])
-            if any(choice["delta"].get("content") for choice in frame.get("choices", ())):
-                seen.at.append(time.perf_counter())
-            seen.n = (frame.get("usage") or {}).get("completion_tokens", seen.n)
-            seen.failed = seen.failed or str(frame.get("error", ""))
-    writer.close()
-    if seen.n != tokens:
-        seen.failed = seen.failed or f"{seen.n} of {tokens} tokens came"
-    return seen
-
-
-async def send(port: int, method: str, path: str, body: bytes = b"") -> tuple[asyncio.StreamReader, Any]:
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    head = f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n"
-    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    writer.write(head.encode() + body)
-    await writer.drain()
-    return reader, writer
-
-
-async def get(port: int, path: str) -> bytes:
-    reader, writer = await send(port, "GET", path)
-    found = await reader.read()
-    writer.close()
-    return found
-
-
-async def look(port: int, seconds: list[float]) -> None:
-    """How long /health takes, again and again."""
-    while True:
-        began = time.perf_counter()
-        await get(port, "/health")
-        seconds.append(time.perf_counter() - began)
-        await asyncio.sleep(HEALTH_PAUSE)
-
-
 def soak(ask: Ask, texts: Sequence[str], n: int, pid: int) -> dict[str, float]:
     """Many requests by 64 streams: what fails, and how much the server's memory grows after a fifth of them."""
-    first, _ = asyncio.run(load(ask, texts, 64, n // 5))
-    before = resident(pid)
-    rest, _ = asyncio.run(load(ask, texts, 64, n - n // 5))
-    return {
-        "soak_rss_growth": resident(pid) / before - 1 if before else float("nan"),
-        "soak_errors": sum(bool(seen.failed) for seen in [*first, *rest]),
-    }
+    wrong: Counter[str] = Counter()
+    memory = []
+    for some in (n // 5, n - n // 5):
+        seen, seconds = asyncio.run(load(ask, texts, 64, some))
+        for one in seen:
+            one.read()
+        wrong.update(one.failed for one in seen if one.failed)
+        memory.append(resident(pid))
+        print(f"soak: {some} requests in {seconds:.0f} s; the server has {memory[-1] / 1024:.0f} MB", file=sys.stderr)
+    for message, times in wrong.most_common(5):
+        print(f"soak: {times} times: {message}", file=sys.stderr)
+    growth = memory[1] / memory[0] - 1 if memory[0] else float("nan")
+    return {"soak_rss_growth": growth, "soak_errors": sum(wrong.values())}
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process, all its threads; NaN where /proc does not say."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return float("nan")
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def resident(pid: int) -> int:

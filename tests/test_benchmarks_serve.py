@@ -7,7 +7,8 @@ import json
 import pytest
 
 from benchmarks import serve
-from benchmarks.serve import Seen, load, measure_engine, post, quantile, summary
+from benchmarks.serve import measure_engine, quantile, summary
+from benchmarks.serve_clients import Seen, load, post
 from nanochat.engine.prefix import PrefixCache
 from nanochat.tokenizer import Tokenizer
 
@@ -91,6 +92,12 @@ def test_what_a_client_sees(status, frames, failed):
             return await post(server.sockets[0].getsockname()[1], "hello", 2)
 
     seen = asyncio.run(ask())
+    seen.read()
     assert failed in seen.failed
     assert bool(seen.failed) == bool(failed)
     assert len(seen.at) == sum("choices" in frame for frame in frames)
+
+
+def test_a_server_that_is_gone_is_a_failure():
+    seen = asyncio.run(post(1, "hello", 2))
+    assert seen.failed
