@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from nanochat import checkpoint, config, runtime
 from nanochat.chat import ChatModel, load
@@ -20,7 +20,8 @@ from nanochat.engine.sampling import Sampling
 from nanochat.errors import NanochatError, UsageError
 from nanochat.line_input import read_message, reader
 from nanochat.rag.grounded import GroundedAnswer, GroundedChat
-from nanochat.rag.knowledge import open_knowledge
+from nanochat.rag.knowledge import Knowledge, open_knowledge
+from nanochat.rag.multihop_chat import MultiHopChat, SearchedAnswer
 from nanochat.rag.support import SUPPORTED
 
 HELP = """\
@@ -35,6 +36,8 @@ HELP = """\
 A message of several lines stands between two lines of \"\"\"; a line that ends with \\ goes on in the next one."""
 COMMANDS = ("/new", "/retry", "/system", "/kb", "/save", "/load", "/temp", "/help", "/quit")  # for completion
 
+Grounded: TypeAlias = GroundedChat | MultiHopChat
+
 
 @dataclass(frozen=True)
 class ChatSettings:
@@ -43,8 +46,8 @@ class ChatSettings:
     prompt: str | None = None
     """answer this and leave; -p for short"""
     source: str | None = None
-    """stage (base, mid, sft, rag), or path of a checkpoint, stage or run directory (default: sft; with a knowledge base
-    rag where there is one)"""
+    """stage (base, mid, sft, rag, refrag), or path of a checkpoint, stage or run directory (default: sft; with a
+    knowledge base rag, with --max_hops refrag, where there is one)"""
     run: str | None = None
     """name of the run (default: the one that wrote this stage last)"""
     out_dir: str | None = None
@@ -59,6 +62,9 @@ class ChatSettings:
     """documents that are retrieved for each question"""
     retriever_type: str = ""
     """how to search: simple, bm25, dense or hybrid (default: what the knowledge base was built for)"""
+    max_hops: int = 0
+    """let the model search on its own, at most so many times an answer, --documents each time (0: one search for each
+    question); for the stage refrag"""
     document_tokens: int = 0
     """tokens that the documents of a prompt may take (0: what the conversation leaves)"""
     max_tokens: int = 256
@@ -91,8 +97,9 @@ class ChatSettings:
     def find_source(self) -> str:
         """The stage to load when none was named."""
         if self.source is None and self.knowledge_base:
+            stage = "refrag" if self.max_hops else "rag"
             with contextlib.suppress(NanochatError):
-                return str(checkpoint.find("rag", self.out_dir or runtime.out_root(), self.run))
+                return str(checkpoint.find(stage, self.out_dir or runtime.out_root(), self.run))
         return self.source or "sft"
 
 
@@ -105,6 +112,8 @@ def chat_cli(argv: list[str] | None = None) -> int:
         raise UsageError("-p: the prompt is empty")
     if settings.documents < 1:
         raise UsageError(f"--documents {settings.documents}: expected 1 or more")
+    if settings.max_hops < 0 or (settings.max_hops and not settings.knowledge_base):
+        raise UsageError(f"--max_hops {settings.max_hops}: expected 0 or more, and more only with --knowledge_base")
     if settings.knowledge_base and settings.mode == "text":
         raise UsageError("--mode text: a text is continued without documents; leave --knowledge_base out, or --mode")
     # before the model, whose loading takes longer: a wrong path is told at once
@@ -113,10 +122,15 @@ def chat_cli(argv: list[str] | None = None) -> int:
     model = load(source, settings.run, settings.out_dir, settings.device, settings.dtype, settings.quantize)
     options: dict[str, Any] = {"top_k": settings.documents, "document_tokens": settings.document_tokens}
 
-    def ground(path: str) -> ChatModel | GroundedChat:
-        return model.with_knowledge(open_knowledge(path, settings.retriever_type), **options) if path else model
+    def ask(knowledge: Knowledge) -> Grounded:
+        if settings.max_hops:
+            return model.with_search(knowledge, max_hops=settings.max_hops, top_k=settings.documents)
+        return model.with_knowledge(knowledge, **options)
 
-    chat = model if knowledge is None else model.with_knowledge(knowledge, **options)
+    def ground(path: str) -> ChatModel | Grounded:
+        return ask(open_knowledge(path, settings.retriever_type)) if path else model
+
+    chat = model if knowledge is None else ask(knowledge)
     as_text = settings.mode == "text" or (settings.mode == "auto" and model.stage == "base" and knowledge is None)
     session = Session(
         chat, sampling, as_text, settings.system, str(model.path), settings.knowledge_base or "", ground,
@@ -133,13 +147,13 @@ def chat_cli(argv: list[str] | None = None) -> int:
 class Session:
     """One conversation at the terminal."""
 
-    chat: ChatModel | GroundedChat
+    chat: ChatModel | Grounded
     sampling: Sampling
     as_text: bool = False
     system: str = ""
     where: str = ""  # what is asked, for the first line
     knowledge_base: str = ""  # path of the one that is asked
-    ground: Callable[[str], ChatModel | GroundedChat] | None = None  # what answers from this knowledge base ("": none)
+    ground: Callable[[str], ChatModel | Grounded] | None = None  # what answers from this knowledge base ("": none)
     free_temperature: bool = False  # nobody chose one: documents change it
     messages: list[dict[str, Any]] = field(default_factory=list)
     file: Path | None = None  # where this conversation was saved or loaded
@@ -353,6 +367,8 @@ def _grounds(answer: GroundedAnswer) -> list[str]:
         return ["no document found"]
     n = len(answer.documents)
     notes = [f"{n} document{'s' if n > 1 else ''}"]
+    if isinstance(answer, SearchedAnswer):
+        notes += [f"searched {hop.query!r}" for hop in answer.hops]
     if answer.support:
         least = min(each.score for each in answer.support)
         notes.append(f"support {least:.2f}" + (": its documents do not say so" if least < SUPPORTED else ""))

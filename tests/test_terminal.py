@@ -10,6 +10,7 @@ from nanochat import terminal
 from nanochat.chat import load
 from nanochat.engine.sampling import Sampling
 from nanochat.errors import NanochatError, UsageError
+from nanochat.rag.multihop_chat import MultiHopChat
 from nanochat.terminal import chat_cli
 
 
@@ -136,14 +137,29 @@ def test_the_terminal_takes_the_stage_that_was_trained_on_documents(knowledge, t
     assert "stage sft" in caplog.text
 
 
+def test_a_model_that_searches_on_its_own(knowledge, tmp_path, capsys, caplog, monkeypatch):
+    ask = ["-p", "Torwick?", "--out_dir", str(tmp_path), "--max_tokens=2", "--knowledge_base", str(knowledge)]
+    save_stage(tmp_path, "sft")
+    save_stage(tmp_path, "refrag")
+    chats = []
+    tool = MultiHopChat.tool
+    monkeypatch.setattr(MultiHopChat, "tool", lambda self, question: chats.append(self) or tool(self, question))
+    assert chat_cli([*ask, "--max_hops", "2", "--documents", "1"]) == 0
+    assert (chats[-1].max_hops, chats[-1].top_k) == (2, 1)
+    assert "never trained" not in caplog.text
+    assert "tokens, first after" in capsys.readouterr().err
+
+
 def test_wrong_flags_with_documents(out, knowledge, tmp_path):
     common = ["-p", "Torwick?", "--out_dir", str(out)]
     with pytest.raises(UsageError, match="does not exist"):
         chat_cli([*common, "--knowledge_base", str(tmp_path / "nothing")])
     with pytest.raises(UsageError, match="a text is continued without documents"):
         chat_cli([*common, "--knowledge_base", str(knowledge), "--mode", "text"])
-    with pytest.raises(UsageError, match="top_k 0"):
+    with pytest.raises(UsageError, match="--documents 0"):
         chat_cli([*common, "--knowledge_base", str(knowledge), "--documents", "0"])
+    with pytest.raises(UsageError, match="only with --knowledge_base"):
+        chat_cli([*common, "--max_hops", "2"])
     with pytest.raises(UsageError, match="psychic"):
         chat_cli([*common, "--knowledge_base", str(knowledge), "--retriever_type", "psychic"])
     (tmp_path / "kb" / "manifest.json").parent.mkdir()
