@@ -8,8 +8,6 @@ import gc
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -17,7 +15,9 @@ def peak_growth(fn: Callable[[], object], device: str = "cpu") -> float | None:
     """Bytes. On the CPU from the kernel's high-water mark, which is set back first; None where that cannot be (not on
     Linux). Call `fn` once before, so that what is built once is not counted."""
     gc.collect()
-    if torch.device(device).type == "cuda":
+    if device.partition(":")[0] == "cuda":
+        import torch  # what is measured on the CPU may know nothing of it
+
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

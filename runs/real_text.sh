@@ -3,8 +3,9 @@
 #
 #   runs/real_text.sh DIR [RUN]          e.g. runs/real_text.sh ~/texts mine
 #
-# DIR: a directory (or one file) of txt, md, rst, jsonl, parquet, searched at any depth; FILE.txt?val=tail10 keeps the
-# last 10% of one file for validation. RUN: name of the run (default: real_text). A second call goes on where it stopped.
+# DIR: a directory (or one file) of txt, md, rst, jsonl, parquet and manual pages, searched at any depth;
+# DIR?on_error=skip passes over what is damaged or not UTF-8, and FILE.txt?val=tail10 keeps the last 10% of one file for
+# validation. RUN: name of the run (default: real_text). A second call goes on where it stopped.
 #
 # Chats come from the public GSM8K, ARC and MMLU files in $NANOCHAT_SHARED (default ../shared/data) where these are
 # (gsm8k/train.jsonl, gsm8k/test.jsonl, arc/ARC-*-test.jsonl, mmlu/test.jsonl), else from the embedded tiny world. Of
@@ -19,7 +20,7 @@
 set -euo pipefail
 
 if [ $# -lt 1 ] || [ $# -gt 2 ]; then
-    sed -n '4,21s/^# \{0,1\}//p' "$0" >&2
+    sed -n '4,22s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
 data=$1

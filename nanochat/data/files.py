@@ -6,6 +6,8 @@ import gzip
 import json
 import logging
 import os
+import re
+import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,7 @@ TEXT_SUFFIXES = (".txt", ".md", ".rst")
 JSON_SUFFIXES = (".jsonl",)
 PARQUET_SUFFIXES = (".parquet",)
 FIELDS = ("text", "content")  # the field or column that holds the document: the first of these that is there
+_MANUALS = re.compile(r"man([1-9])\w*")
 PIECE_MIN, PIECE_MAX = 4096, 8192  # bytes: longer text files become pieces of this size
 
 
@@ -58,25 +61,52 @@ def suffix(path: Path) -> str:
 def list_files(path: Path) -> list[Path]:
     """All files below a directory that can be read as documents, in the order of their relative paths.
 
-    Hidden files and directories are left out. Raises UsageError when there is nothing to read.
+    Links are followed, and what several paths lead to is listed once, so links in a circle end too. Hidden files and
+    directories, pipes and devices are left out. Raises UsageError when there is nothing to read.
     """
     if not path.is_dir():
         raise UsageError(f"{path}: no such file or directory; give a directory with txt, jsonl or parquet files")
     found: list[Path] = []
+    seen: set[tuple[int, int]] = set()
     n_files = 0
     for folder, folders, names in os.walk(path, followlinks=True):
+        if not _is_new(Path(folder), seen):
+            folders.clear()
+            continue
         folders[:] = sorted(f for f in folders if not f.startswith("."))
-        visible = [Path(folder, n) for n in names if not n.startswith(".")]
+        visible = [Path(folder, n) for n in sorted(names) if not n.startswith(".")]
         n_files += len(visible)
-        found += [p for p in visible if suffix(p) in TEXT_SUFFIXES + JSON_SUFFIXES + PARQUET_SUFFIXES]
+        found += [p for p in visible if _is_readable(p) and _is_new(p, seen)]
     if not n_files:
         raise UsageError(f"{path}: the directory is empty; put txt, jsonl or parquet files there")
     if not found:
         raise UsageError(
             f"{path}: none of its {n_files} files is of a kind that can be read "
-            f"({', '.join(TEXT_SUFFIXES + JSON_SUFFIXES + PARQUET_SUFFIXES)}; text and jsonl also with .gz)"
+            f"({', '.join(TEXT_SUFFIXES + JSON_SUFFIXES + PARQUET_SUFFIXES)}, manual pages in man1 to man9; text and "
+            "jsonl also with .gz)"
         )
     return sorted(found, key=lambda p: p.relative_to(path).parts)
+
+
+def _is_readable(path: Path) -> bool:
+    """Whether the name says that it holds documents. ls.1.gz does in a directory man1: elsewhere .1 means anything."""
+    kind = suffix(path)
+    if kind in TEXT_SUFFIXES + JSON_SUFFIXES + PARQUET_SUFFIXES:
+        return True
+    section = _MANUALS.fullmatch(path.parent.name)
+    return section is not None and kind.startswith(f".{section[1]}")
+
+
+def _is_new(path: Path, seen: set[tuple[int, int]]) -> bool:
+    """Whether this directory or plain file was not met before; notes it. What is not there is: reading it will tell."""
+    try:
+        found = path.stat()
+    except OSError:
+        return True
+    if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)) or (found.st_dev, found.st_ino) in seen:
+        return False
+    seen.add((found.st_dev, found.st_ino))
+    return True
 
 
 def read_documents(path: Path, faults: Faults) -> Iterator[str]:
@@ -146,6 +176,9 @@ def _cut(window: bytes) -> int:
 
 
 def _decode(data: bytes, path: Path, offset: int, faults: Faults) -> str | None:
+    if (at := data.find(0)) >= 0:
+        faults(f"{path}: not text, a zero at byte {offset + at}")
+        return None
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

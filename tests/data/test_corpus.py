@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from nanochat.data.corpus import VAL_EVERY, Corpus, FileCorpus, WorldCorpus, dialogue_text, open_corpus
 from nanochat.data.download import MAX_SHARD, shard_name
-from nanochat.data.files import PIECE_MAX, PIECE_MIN, Faults, read_text
+from nanochat.data.files import PIECE_MAX, PIECE_MIN, Faults, list_files, read_text
 from nanochat.data.spec import split_spec
 from nanochat.data.world import World
 from nanochat.errors import NanochatError, UsageError
@@ -187,6 +187,39 @@ def test_only_unreadable_files(tmp_path: Path) -> None:
     os.symlink(tmp_path / "gone", tmp_path / "a.txt")
     fails(tmp_path, r"a\.txt: cannot be read")
     fails(f"{tmp_path}?on_error=skip", "no text in any of its 1 files; 1 damaged")
+
+
+def test_links_in_circles_and_to_the_same_file_are_followed_once(tmp_path: Path) -> None:
+    (tmp_path / "b" / "deep").mkdir(parents=True)
+    (tmp_path / "b" / "text.txt").write_text(TEXTS[0])
+    (tmp_path / "b" / "deep" / "more.rst").write_text(TEXTS[1])
+    os.symlink(tmp_path, tmp_path / "b" / "deep" / "up", target_is_directory=True)
+    os.symlink(tmp_path / "b", tmp_path / "a", target_is_directory=True)
+    os.symlink("text.txt", tmp_path / "b" / "again.txt")
+    os.symlink("itself.txt", tmp_path / "b" / "circle.txt")
+    assert [str(p.relative_to(tmp_path)) for p in list_files(tmp_path)] == [
+        "a/again.txt", "a/circle.txt", "a/deep/more.rst"
+    ]  # fmt: skip
+    os.symlink("circle.txt", tmp_path / "b" / "itself.txt")
+    fails(tmp_path, r"\.txt: cannot be read")
+    train, val = both(open_corpus(f"{tmp_path}?on_error=skip"))
+    assert sorted(train + val) == sorted(TEXTS[:2])
+
+
+def test_manual_pages_pipes_and_files_that_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "man3").mkdir()
+    (tmp_path / "man3" / "ls.3pm.gz").write_bytes(gzip.compress(b".TH LS 3\nlists things"))
+    (tmp_path / "man3" / "other.1").write_text("of another section")
+    (tmp_path / "lib.so.3").write_bytes(b"\x7fELF")
+    (tmp_path / "empty.md").write_text("")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe.txt")
+    assert [p.name for p in list_files(tmp_path)] == ["empty.md", "ls.3pm.gz"]
+    (tmp_path / "plain.rst").write_text("of its own")
+    train, val = both(open_corpus(str(tmp_path)))
+    assert sorted(train + val) == [".TH LS 3\nlists things", "of its own"]
+    (tmp_path / "wide.txt").write_bytes("of Windows".encode("utf-16-le"))
+    fails(tmp_path, r"wide\.txt: not text, a zero at byte 1")
 
 
 def test_no_text_at_all(tmp_path: Path) -> None:
