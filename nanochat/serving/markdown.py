@@ -27,6 +27,7 @@ from pygments.util import ClassNotFound
 
 from nanochat.errors import UsageError
 from nanochat.retrieval.document import clean_text
+from nanochat.serving import formulas
 
 CONTENT_SECURITY_POLICY = "; ".join(
     [
@@ -73,7 +74,7 @@ _FORMATTER = HtmlFormatter(nowrap=True)
 
 
 def render(text: str, citations: Collection[int] = ()) -> str:
-    """HTML of a Markdown text: tables, code, lists, links; a line break is a line break.
+    """HTML of a Markdown text: tables, code, formulas, lists, links; a line break is a line break.
 
     citations: numbers whose `[n]` in the text become links `<a class="citation" data-citation="n">` to a source that
     the page shows. Headings start at level 3, below those of the page. Raises UsageError for a text of more than
@@ -81,12 +82,16 @@ def render(text: str, citations: Collection[int] = ()) -> str:
     """
     if len(text) > MAX_TEXT:
         raise UsageError(f"the text has {len(text):,} characters; Markdown is rendered up to {MAX_TEXT:,}")
-    html = _parser().render(clean_text(text), {"citations": frozenset(citations)})
+    return clean(_parser().render(clean_text(text), {"citations": frozenset(citations)}))
+
+
+def clean(html: str) -> str:
+    """What is listed above, and nothing else."""
     return nh3.clean(
         html,
-        tags=set(_TAGS.split()),
-        attributes=_ATTRIBUTES,
-        allowed_classes=_CLASSES,
+        tags={*_TAGS.split(), *formulas.TAGS.split()},
+        attributes=_ATTRIBUTES | formulas.ATTRIBUTES,
+        allowed_classes=_CLASSES | formulas.CLASSES,
         url_schemes={"http", "https", "mailto"},
         link_rel="noopener noreferrer nofollow",
     )
@@ -100,6 +105,7 @@ def _parser() -> MarkdownIt:
     # `[1]: ...` is how a small model lists its sources, and would vanish as a definition
     parser.disable(["html_block", "html_inline", "reference"])
     parser.inline.ruler.before("link", "citation", _citation)
+    formulas.add_formulas(parser)
     for name, rule in {
         "citation": _render_citation,
         "fence": _render_code,

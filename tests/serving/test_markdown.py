@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat.errors import UsageError
+from nanochat.serving import formulas
 from nanochat.serving.markdown import MAX_TEXT, render
 
 ELEMENTS = set(
@@ -42,6 +43,8 @@ ELEMENTS = set(
 )
 ATTRIBUTES = {"href", "title", "target", "rel", "class", "data-citation", "data-language", "aria-label", "tabindex"}
 ATTRIBUTES |= {"role", "start", "align"}
+ELEMENTS |= set(formulas.TAGS.split())
+ATTRIBUTES |= set().union(*formulas.ATTRIBUTES.values())
 
 
 class Reader(HTMLParser):
