@@ -43,9 +43,9 @@ def load(
 ) -> ChatModel:
     """A model to talk to.
 
-    path_or_stage: `base`, `mid` or `sft`, or a path to a checkpoint, stage or run directory. run: its name under
-    out_dir (None: the one that wrote this stage last). quantize: `bf16` or `int8` weights, for faster decoding.
-    Raises NanochatError when there is no such checkpoint or it is damaged.
+    path_or_stage: a stage (`base`, `sft`, `rag`, `refrag`…), or a path to a run, stage or checkpoint directory. run:
+    its name under out_dir (None: the one that wrote this stage last). quantize: `bf16` or `int8` weights, for faster
+    decoding. Raises NanochatError when there is no such checkpoint or it is damaged.
     """
     return ChatModel(load_checkpoint(path_or_stage, run, out_dir, device, dtype, quantize))
 
@@ -60,7 +60,7 @@ class ChatModel:
 
     @property
     def stage(self) -> str:
-        """`base`, `mid` or `sft`."""
+        """What it was trained for last: `base`, `mid`, `sft`, `rag`, `refrag_sft`, `refrag` or `rl`."""
         return str(self.meta.get("stage", ""))
 
     @property
@@ -132,7 +132,7 @@ class ChatModel:
         knowledge, mode and errors: as in `with_knowledge`. options: those of `MultiHopChat`, such as max_hops.
         """
         knowledge = open_searcher(knowledge, mode, MultiHopChat, options, "with_search")
-        if self.stage not in ("refrag", "refrag_sft"):
+        if not trained_to_search(self.meta):
             log.warning(
                 "%s was never trained to search (stage %s): it may never do so, or never stop. "
                 "`nanochat refrag_finetune` trains it", self.path, self.stage or "unknown",
@@ -192,4 +192,9 @@ def in_mode(knowledge: KnowledgeBase | Searcher, mode: str) -> Searcher:
 
 def trained_on_retrieval(meta: Mapping[str, Any]) -> bool:
     """Whether the last stage of a checkpoint showed documents to the model."""
-    return meta.get("stage") in ("rag", "refrag")
+    return meta.get("stage") == "rag" or trained_to_search(meta)
+
+
+def trained_to_search(meta: Mapping[str, Any]) -> bool:
+    """Whether the last stage of a checkpoint taught the model to search on its own."""
+    return meta.get("stage") in ("refrag_sft", "refrag")

@@ -325,12 +325,17 @@ def find(source: str | Path, out_dir: str | Path, run: str | None = None) -> Pat
         return path
     if found := latest(path):
         return found
-    if stages := _newest_first(p for p in path.glob("*") if latest(p)):
+    if stages := _newest_first(p for p in path.glob("*") if _holds_model(latest(p))):
         found = latest(stages[0])
         assert found is not None
         log.info("--source %s: the stage written last is %s", source, found)
         return found
     raise NanochatError(_nothing_found(source, out_dir, run))
+
+
+def _holds_model(path: Path | None) -> bool:
+    """A reward model's checkpoint holds none: it names the model that it reads with."""
+    return path is not None and (path / "model.safetensors").is_file()
 
 
 def _newest_first(directories: Iterator[Path]) -> list[Path]:

@@ -8,7 +8,7 @@ from tiny_run import GREEDY, TOKENIZER, save_stage
 
 import nanochat
 from nanochat import checkpoint
-from nanochat.chat import load, make_sampling
+from nanochat.chat import load, make_sampling, trained_on_retrieval, trained_to_search
 from nanochat.engine.sampling import Sampling
 from nanochat.errors import NanochatError, UsageError
 from nanochat.rag.grounded import GroundedAnswer, GroundedChat
@@ -156,3 +156,12 @@ def test_wrong_knowledge_says_what_is_wrong(chat, knowledge, tmp_path):
         chat.with_knowledge(knowledge, topk=3)
     with pytest.raises(UsageError, match="only a KnowledgeBase can be searched in several ways"):
         chat.with_knowledge(object(), "dense")
+
+
+@pytest.mark.parametrize(
+    ("stage", "documents", "searches"),
+    [("base", 0, 0), ("sft", 0, 0), ("rag", 1, 0), ("refrag_sft", 1, 1), ("refrag", 1, 1), ("rl", 0, 0)],
+)
+def test_what_a_stage_was_trained_for(stage, documents, searches):
+    meta = {"stage": stage}
+    assert (trained_on_retrieval(meta), trained_to_search(meta)) == (bool(documents), bool(searches))

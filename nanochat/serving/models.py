@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 
-from nanochat.chat import ChatModel, trained_on_retrieval
+from nanochat.chat import ChatModel, trained_on_retrieval, trained_to_search
 from nanochat.engine.batching import Scheduler
 from nanochat.engine.prefix import PrefixCache
 from nanochat.retrieval.document import Embedder
@@ -50,7 +50,7 @@ class Served:
     @property
     def can_search(self) -> bool:
         """Whether it was trained to search by itself, several times."""
-        return self.chat.stage == "refrag"
+        return trained_to_search(self.chat.meta)
 
     def card(self) -> dict[str, Any]:
         """As /v1/models lists it."""
@@ -62,7 +62,7 @@ class Served:
             "stage": self.chat.stage,
             "context": self.chat.context,
             "chat": self.can_chat,
-            "trained_on_documents": self.can_search or trained_on_retrieval(self.chat.meta),
+            "trained_on_documents": trained_on_retrieval(self.chat.meta),
             "multi_hop": self.can_search,
         }
 

@@ -82,6 +82,11 @@ def test_preferences_are_learnt_and_reward(root: Path) -> None:
     assert final_meta(root)["metrics"]["final"] == 1.0
 
 
+def test_a_run_with_a_reward_model_is_loaded_by_its_directory(root: Path) -> None:
+    train_reward_model(settings(root))
+    assert load_checkpoint(str(root / "tiny"), device="cpu", dtype="float32").path.parent.name == "base"
+
+
 def test_some_pairs_are_always_left_to_learn_from(root: Path) -> None:
     metrics = train_reward_model(settings(root, pairs=str(preferences(root / "two.jsonl", 2)), held_back=0.9))
     assert metrics["train_accuracy"] == 1.0
