@@ -173,7 +173,7 @@ def plan(settings: QuickstartSettings) -> Plan:
         ),
         RefragSettings(**search, warm_start_steps=steps(p.refrag_steps), use_rewards=False),
         RefragSettings(**search, source="refrag_sft", warm_start_steps=0, num_iterations=steps(p.refrag_rounds),
-                       eval_prompts=32),
+                       eval_prompts=32, curriculum="none"),
         f"world:seed={settings.world_seed + 1},known=10,new={p.new}",
         {
             "closed_book_known_em": f"world-qa:{world},split=known,{asked},style=sentence",

@@ -340,7 +340,7 @@ def _show(pieces: Generator[str, None, Completion] | Generator[str, None, Ground
     print(flush=True)
     seconds = time.perf_counter() - began
     completion = found.completion if isinstance(found, GroundedAnswer) else found
-    notes = [_speed(completion, first, seconds)] if completion is not None else []
+    notes = [_speed(completion, first, seconds, len(said))] if completion is not None else []
     if isinstance(found, GroundedAnswer):
         for line in found.sources:
             print(line, flush=True)
@@ -352,10 +352,11 @@ def _show(pieces: Generator[str, None, Completion] | Generator[str, None, Ground
     return "".join(said), stopped
 
 
-def _speed(completion: Completion, first: float, seconds: float) -> str:
+def _speed(completion: Completion, first: float, seconds: float, n_pieces: int) -> str:
     n = len(completion.ids)
     why = ", cut at max_tokens or the end of the context" if completion.finish_reason == "length" else ""
-    rate = f", {(n - 1) / (seconds - first):.1f} tok/s" if n > 1 and seconds > first else ""
+    streamed = n_pieces > 1 and seconds > first  # one piece came all at once
+    rate = f", {(n - 1) / (seconds - first):.1f} tok/s" if streamed else ""
     return f"{n} tokens, first after {first:.2f} s{rate}{why}"
 
 

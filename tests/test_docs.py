@@ -101,7 +101,8 @@ def test_questions_for_the_quickstart_are_about_known_entities() -> None:
     world = World(seed=0, n_known=profile.known, n_new=profile.new)
     known = [world.entity(i).name for i in range(profile.known)]
     text = "".join(page.read_text() for page in PAGES)
-    asked = re.findall(r'--run quickstart (?!.*--knowledge_base).*?-p "([^"]+)"', text)  # what it was told, not what it reads
+    told = r'--run quickstart (?!.*--knowledge_base).*?-p "([^"]+)"'  # what it was told, not what it reads
+    asked = re.findall(told, text)
     assert len(asked) >= 3
     assert [question for question in asked if not any(name in question for name in known)] == []
 

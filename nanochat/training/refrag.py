@@ -43,7 +43,7 @@ from nanochat.training.supervised import ChatSource
 WORLD_OPTIONS = {"seed": int, "n": int, "entities": int, "per_world": int, "short": int}
 HELD = 1 << 40  # seeds from here on are of worlds that only validation sees
 N_VAL = 512  # problems of a level that validation may take
-FINAL_SHARE = 0.5  # of the supervised stage: what is left for all hops mixed
+COURSE = 0.2  # of the supervised stage: until then the hops grow; whoever sees long ones late only stops too early
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def traces_course(levels: Sequence[Task], n: int) -> Task:
         return levels[0]
     steps: list[tuple[float, Task]] = []
     for k in range(1, len(levels)):
-        steps.append((FINAL_SHARE * k / (len(levels) - 1), levels[0] if k == 1 else Mixture(levels[:k])))
+        steps.append((COURSE * k / (len(levels) - 1), levels[0] if k == 1 else Mixture(levels[:k])))
     return Curriculum([*steps, (1.0, Mixture(levels))], n=n)
 
 

@@ -26,7 +26,8 @@ def test_citations_belong_to_the_sentence_behind_them() -> None:
 
 
 def test_citations_of_nothing_are_invalid() -> None:
-    answer = parse([*cite("4"), *cite("0"), *cite("x"), *T.encode("a"), T.special("cite_start"), *T.encode("1")], T, NAMES[:3])
+    ids = [*cite("4"), *cite("0"), *cite("x"), *T.encode("a"), T.special("cite_start"), *T.encode("1")]
+    answer = parse(ids, T, NAMES[:3])
     assert answer.invalid == ("4", "0", "x", "1")
     assert answer.citations == ()
 
