@@ -64,7 +64,7 @@ class Profile:
 
 RAG_LEN = 1024  # tokens of a row of contexts
 PROFILES = {
-    "cpu": Profile(120, 1000, 40, 2048, 4, 128, 256, 8, 400, 500, 50, 2000, 1, 3, 1500, 16),
+    "cpu": Profile(120, 1000, 40, 2048, 4, 128, 256, 8, 400, 500, 50, 2000, 1, 3, 1500, 12),
     "gpu": Profile(1000, 8000, 60, 2048, 6, 384, 512, 32, 1200, 1000, 100, 4000, 8, 5, 3000, 100),
 }
 
@@ -155,7 +155,7 @@ def plan(settings: QuickstartSettings) -> Plan:
     search: dict[str, Any] = {
         **where, "seed": settings.seed, "device": settings.device, "dtype": settings.dtype, "eval_tokens": 16384,
         "sequence_len": RAG_LEN, "top_k": 1, "contexts": f"entities=120,seed={settings.world_seed}",
-        "warm_start_rows": p.rag_rows, "warm_start_lr_scale": RagSettings.lr_scale, "save_every": 200,
+        "warm_start_rows": p.rag_rows, "warm_start_lr_scale": RagSettings.lr_scale, "save_every": 200, "absent": 0.2,
     }  # fmt: skip
     return Plan(
         TokenizerSettings(**where, data=text, vocab_size=p.vocab_size),

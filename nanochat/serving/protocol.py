@@ -22,7 +22,7 @@ class StreamingConnection(h11.Connection):
 
     _chunked = False
 
-    def send(self, event: h11.Event) -> bytes | None:
+    def send(self, event: h11.Event) -> bytes | None:  # type: ignore[override]
         if self._chunked and type(event) is h11.Data and self.our_state is h11.SEND_BODY:
             data = event.data
             return b"%x\r\n%b\r\n" % (len(data), data) if data else b""  # an empty chunk would be the end
