@@ -251,7 +251,8 @@ def _grounded(served: Served, wanted: Retrieval, service: Service) -> GroundedCh
     searcher = service.shelf.searcher(wanted.knowledge_base, wanted.mode)
     chat = served.chat
     # the scheduler keeps the states of documents, for all
-    return GroundedChat(chat.model, chat.tokenizer, searcher, top_k=wanted.top_k or TOP_K, cache=PrefixCache(0))
+    options: dict[str, Any] = {"top_k": wanted.top_k or TOP_K, "reread": wanted.reread}
+    return GroundedChat(chat.model, chat.tokenizer, searcher, cache=PrefixCache(0), **options)
 
 
 def _searching(

@@ -59,6 +59,9 @@ class Retrieval(Strict):
         None, description="documents of the answer, or of each search of multi_hop (default: 5, or 2)"
     )
     mode: Mode | None = Field(None, description="how to search; null: what the knowledge base was built for")
+    reread: bool = Field(
+        True, description="answer twice, the second time from the documents that the first answer, a draft, cites"
+    )
     multi_hop: bool = Field(False, description="let the model search several times; needs a model trained to")
 
 

@@ -31,7 +31,7 @@ def streamed(client, messages=WHO, **fields) -> list[dict]:
     body = {"messages": messages, "max_tokens": 6, "model": "tiny-rag", "stream": True, **fields}
     response = client.post(CHAT, json=body)
     assert response.headers["content-type"].startswith("text/event-stream")
-    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line and line[0] != ":"]
     assert lines[-1] == "[DONE]"
     return [json.loads(line) for line in lines[:-1]]
 
@@ -78,6 +78,18 @@ def test_citations_are_those_of_the_answer(client, server, monkeypatch):
     assert answer["grounding"][0]["sentences"] == [
         {"text": "Mara Velt founded Torwick.", "cited": [1], "support": pytest.approx(1.0, abs=0.2)}
     ]
+
+
+def test_an_answer_is_written_after_a_draft(client):
+    """The draft counts in usage; without it there is one answer less to pay for."""
+    twice, once = (ask(client, max_tokens=8, **retrieval(top_k=2, reread=reread)) for reread in (True, False))
+    assert once["usage"]["completion_tokens"] <= 8
+    assert twice["usage"]["completion_tokens"] >= once["usage"]["completion_tokens"]
+    assert twice["choices"][0]["finish_reason"] in ("stop", "length")
+    streamed_ = streamed(client, max_tokens=8, stream_options={"include_usage": True}, **retrieval(top_k=2))
+    assert streamed_[-1]["usage"]["completion_tokens"] == twice["usage"]["completion_tokens"]
+    said = "".join(c["choices"][0]["delta"].get("content") or "" for c in streamed_ if c["choices"])
+    assert said == twice["choices"][0]["message"]["content"]
 
 
 def test_nothing_found_and_nothing_to_search(client):
