@@ -68,7 +68,7 @@ class Scripted(_Runner):
 
     def __init__(self, model: LM, tokenizer: Tokenizer, tool: SearchTool, scripts: Sequence[Sequence[int]]) -> None:
         sampling = Sampling(max_tokens=max(map(len, scripts)), temperature=1.0, seed=0)
-        super().__init__(model, tokenizer, sampling, [tool], Limits(max_calls=2), None, None)
+        super().__init__(model, tokenizer, sampling, [tool], Limits(max_calls=2), None, None, None)
         self.scripts = scripts
 
     def sample(self) -> tuple[list[int], list[float]]:

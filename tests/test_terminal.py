@@ -223,7 +223,7 @@ def test_documents_come_and_go(out, knowledge, monkeypatch, capsys):
     chat_cli(["--out_dir", str(out), "--max_tokens=4"])
     shown = capsys.readouterr()
     assert shown.err.count("1 document, support") == 1
-    assert shown.err.count("tok/s") == 2
+    assert shown.err.count("tokens, first after") == 2
     assert "error: nowhere does not exist" in shown.err
     said = shown.out.splitlines()
     assert said[:2] == ["no knowledge base", f"answers rest on {knowledge}"]

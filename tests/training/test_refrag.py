@@ -106,9 +106,9 @@ def test_traces_grow_longer() -> None:
     course = traces_course(levels, 120)
     assert isinstance(course, Curriculum)
     hops = [course[i]["hops"] for i in range(120)]
-    assert set(hops[:30]) == {1}
-    assert set(hops[30:60]) == {1, 2}
-    assert set(hops[60:]) == {1, 2, 3}
+    assert set(hops[:12]) == {1}
+    assert set(hops[12:24]) == {1, 2}
+    assert set(hops[24:]) == {1, 2, 3}  # four fifths: whoever sees three hops late stops after two
     assert traces_course(levels[:1], 5) is levels[0]
 
 
