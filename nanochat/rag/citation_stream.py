@@ -24,6 +24,7 @@ class CitationStream:
         self._cited: list[int] = []
         self._blanks = ""  # held back: at its end a sentence loses them
         self._begun = False  # whether the sentence has said something
+        self._fed = False  # whether it has any token, be it a blank
         self._any = False  # whether a sentence before has
 
     def feed(self, ids: int) -> str:
@@ -32,9 +33,12 @@ class CitationStream:
             self._inside = []
             return self._close()
         if self._inside is None:
-            if ids == self._abstain and not (self._begun or self._any):
+            if ids == self._abstain and not (self._fed or self._any):
                 self._cited.clear()
-            return "" if self.tokenizer.is_special(ids) else self._say(self._decoder.feed(ids))
+            if self.tokenizer.is_special(ids):
+                return ""
+            self._fed = True
+            return self._say(self._decoder.feed(ids))
         if ids != self._end:
             self._inside.append(ids)
             return ""
@@ -62,7 +66,7 @@ class CitationStream:
 
     def _close(self) -> str:
         text = self._say(self._decoder.flush())
-        self._blanks = ""
+        self._blanks, self._fed = "", False
         if not self._begun:
             return text
         text += "".join(f" [{n}]" for n in dict.fromkeys(self._cited))

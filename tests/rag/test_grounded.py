@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nanochat.data.answers import ABSTENTION
@@ -174,6 +174,8 @@ TOKENS = [CITE, CITED, ABSTAIN, DOC_END, *b" \n12a.", *"é".encode(), 0xE2]
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.sampled_from(TOKENS), max_size=25), st.integers(0, 12))
+@example([CITE, *b"1", CITED, *b" ", ABSTAIN, *b"1"], 1)  # a blank before: no abstention
+@example([CITE, *b"1", CITED, 0xE2, ABSTAIN, *b"1"], 1)
 def test_the_stream_says_what_the_whole_answer_says(ids, n_documents):
     names = [f" {n}" for n in range(1, n_documents + 1)]
     stream = CitationStream(TOKENIZER, names)
