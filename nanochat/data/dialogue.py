@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from nanochat.data import lexicon as lex
+from nanochat.data import words
 from nanochat.data.answers import ABSTENTION
 from nanochat.data.shuffle import Draws, Shuffle
 
@@ -21,8 +22,8 @@ def pronouns(name: str, kind: str) -> tuple[str, str, str]:
     """Subject, object and possessive pronoun of an entity."""
     if kind != "person":
         return "it", "it", "its"
-    first = lex.FIRST_NAMES.index(name.split(" ", 1)[0])
-    return ("she", "her", "her") if first < len(lex.FEMALE) else ("he", "him", "his")
+    first = words.FIRST_NAMES.index(name.split(" ", 1)[0])
+    return ("she", "her", "her") if first < len(words.FEMALE) else ("he", "him", "his")
 
 
 def make_dialogue(world: World, draw: Draws, split: str, part: str, style: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from itertools import count, islice, permutations
 from typing import Any
 
 from nanochat.data import lexicon as lex
+from nanochat.data import words
 from nanochat.data.answers import ABSTENTION, contains_answer, exact_match, is_abstention, normalize_answer
 from nanochat.data.dialogue import make_dialogue, pronouns, sentence_case
 from nanochat.data.shuffle import Draws, Shuffle, mix
@@ -126,10 +127,11 @@ class World:
         self.seed, self.n_known, self.n_new, self.n = seed, n_known, n_new, n_known + n_new
         self._keys = [mix(mix(0x5EED, seed), k) for k in range(8)]
         self._name_orders = {
-            "person": Shuffle(len(lex.FIRST_NAMES) * len(lex.FAMILY_NAMES), mix(self._keys[_NAMES], 1)),
-            "town": Shuffle(len(lex.TOWN_STARTS) * len(lex.TOWN_ENDS), mix(self._keys[_NAMES], 2)),
+            "person": Shuffle(len(words.FIRST_NAMES) * len(words.FAMILY_NAMES), mix(self._keys[_NAMES], 1)),
+            "town": Shuffle(len(words.TOWN_STARTS) * len(words.TOWN_ENDS), mix(self._keys[_NAMES], 2)),
             "company": Shuffle(
-                len(lex.COMPANY_COLOURS) * len(lex.COMPANY_NOUNS) * len(lex.COMPANY_ENDS), mix(self._keys[_NAMES], 3)
+                len(words.COMPANY_COLOURS) * len(words.COMPANY_NOUNS) * len(words.COMPANY_ENDS),
+                mix(self._keys[_NAMES], 3),
             ),
         }
         n_train = n_new - n_new // 4
@@ -155,11 +157,11 @@ class World:
         generation, rank = divmod(rank, order.n)
         v = order(rank)
         if kind == "person":
-            name = f"{lex.FIRST_NAMES[v & 63]} {lex.FAMILY_NAMES[v >> 6]}"
+            name = f"{words.FIRST_NAMES[v & 63]} {words.FAMILY_NAMES[v >> 6]}"
         elif kind == "town":
-            name = lex.TOWN_STARTS[v & 31] + lex.TOWN_ENDS[v >> 5]
+            name = words.TOWN_STARTS[v & 31] + words.TOWN_ENDS[v >> 5]
         else:
-            name = f"{lex.COMPANY_COLOURS[v & 7]} {lex.COMPANY_NOUNS[v >> 3 & 15]} {lex.COMPANY_ENDS[v >> 7]}"
+            name = f"{words.COMPANY_COLOURS[v & 7]} {words.COMPANY_NOUNS[v >> 3 & 15]} {words.COMPANY_ENDS[v >> 7]}"
         return f"{name} {generation + 1}" if generation else name
 
     def name(self, i: int) -> str:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.data import lexicon as lex
+from nanochat.data import words
 from nanochat.data.answers import ABSTENTION, contains_answer, exact_match, is_abstention, normalize_answer
 from nanochat.data.shuffle import Draws, Shuffle, mix
 from nanochat.data.world import CHAINS, KINDS, World
@@ -50,22 +51,22 @@ def test_templates_are_well_formed() -> None:
 
 
 def test_name_lists_are_distinct_and_powers_of_two() -> None:
-    for words in (lex.FIRST_NAMES, lex.FAMILY_NAMES, lex.TOWN_STARTS, lex.TOWN_ENDS):
-        assert len(words) == len(set(words))
-        assert len(words).bit_count() == 1
-    for words in (lex.COMPANY_COLOURS, lex.COMPANY_NOUNS, lex.COMPANY_ENDS):
-        assert len(words) == len(set(words))
-        assert len(words).bit_count() == 1
-    assert not set(lex.FIRST_NAMES) & set(lex.FAMILY_NAMES)
+    for names in (words.FIRST_NAMES, words.FAMILY_NAMES, words.TOWN_STARTS, words.TOWN_ENDS):
+        assert len(names) == len(set(names))
+        assert len(names).bit_count() == 1
+    for names in (words.COMPANY_COLOURS, words.COMPANY_NOUNS, words.COMPANY_ENDS):
+        assert len(names) == len(set(names))
+        assert len(names).bit_count() == 1
+    assert not set(words.FIRST_NAMES) & set(words.FAMILY_NAMES)
 
 
 def test_a_small_vocabulary_covers_a_large_world() -> None:
     world = World(seed=1, n_known=20_000, n_new=0)
-    words: Counter[str] = Counter()
+    said: Counter[str] = Counter()
     for document in map(world.document, range(0, world.n, 10)):
-        words.update(re.findall(r"[A-Za-z]+", document["content"]))
-    towns = {a + b for a in lex.TOWN_STARTS for b in lex.TOWN_ENDS}
-    assert len(set(words) - towns) < 700
+        said.update(re.findall(r"[A-Za-z]+", document["content"]))
+    towns = {a + b for a in words.TOWN_STARTS for b in words.TOWN_ENDS}
+    assert len(set(said) - towns) < 700
 
 
 # Entities -------------------------------------------------------------------------------------------------------------
@@ -106,7 +107,7 @@ def test_known_and_new_names_are_drawn_alike() -> None:
         return Counter(world.name(i).split()[0] for i in pool if KINDS[i % 5] == "person")
 
     known, new = first_names(world.pool("known")), first_names(world.pool("new"))
-    assert set(known) == set(new) == set(lex.FIRST_NAMES)
+    assert set(known) == set(new) == set(words.FIRST_NAMES)
     # 1800 draws over 64 names: 28 +- 5 each; half as spread as that when drawn without replacement out of 64 a name
     assert max(abs(known[name] - new[name]) for name in known) < 30
 
