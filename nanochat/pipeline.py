@@ -97,9 +97,9 @@ class QuickstartSettings:
     """factor on the steps of every stage"""
     rag: bool = True
     """also train on documents in the prompt, and build a knowledge base of people the model never heard of (on a CPU
-    about five minutes more)"""
+    five to twelve minutes more)"""
     refrag: bool = True
-    """also train to search in several hops, first by example, then by reward (only with rag; about six minutes more)"""
+    """also train to search in several hops, first by example, then by reward (only with rag; about as long)"""
     rag_questions: int = 500
     """questions of each kind about the knowledge base at most"""
 
