@@ -106,14 +106,13 @@ class HopAsker(Asker):
         )  # fmt: skip
         if condition == "refrag":
             return make(query=self.hops.query)
-        elsewhere = {self.questions[i].question: next(self.others(i), i) for i in numbers}
-        own = {self.questions[i].question: i for i in numbers}
+        elsewhere = [next(self.others(i), i) for i in numbers]  # by prompt: two questions may have the same words
 
         def other(asking: Asking) -> str:
-            return self.questions[elsewhere[asking.question]].question
+            return self.questions[elsewhere[asking.prompt]].question
 
         def wrong(asking: Asking, hits: Sequence[Hit]) -> list[Hit]:
-            gold = {d.text for d in gold_documents(self.questions[own[asking.question]], self.knowledge)}
+            gold = {d.text for d in gold_documents(self.questions[numbers[asking.prompt]], self.knowledge)}
             return [hit for hit in hits if hit.document.text not in gold]
 
         return make(query=other, select=wrong, depth=self.options.top_k)

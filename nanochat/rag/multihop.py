@@ -30,7 +30,7 @@ class Hop(NamedTuple):
     """One search of an answer."""
 
     query: str  # as it was searched; empty: nothing was
-    hits: tuple[Hit, ...]  # those chosen to be shown, best first
+    hits: tuple[Hit, ...]  # those that are shown, best first
     documents: tuple[Document, ...]  # what the model sees of them: joined by source and cut to fit
     first: int = 1  # the number of the first of them
     cut: bool = False  # documents were shortened or left out to fit
@@ -42,6 +42,7 @@ class Asking(NamedTuple):
     question: str  # empty where nobody told the tool
     written: str  # by the model; the question itself where no model writes
     hops: tuple[Hop, ...]  # the searches before
+    prompt: int = 0  # the number of the prompt that is answered: two may ask the same
 
 
 Query: TypeAlias = Callable[[Asking], str]  # what to search for; empty: nothing
@@ -102,7 +103,7 @@ class SearchTool:
 
     def asking(self, request: Request) -> Asking:
         question = self.questions[request.prompt] if self.questions else ""
-        return Asking(question, request.text, hops_of(request.earlier))
+        return Asking(question, request.text, hops_of(request.earlier), request.prompt)
 
     def search(self, queries: Sequence[str], requests: Sequence[Request], known: int) -> list[list[Hit]]:
         """Hits for each query that is not empty, in one search for each searcher; `known`: how many of them may have
@@ -127,10 +128,18 @@ class SearchTool:
         first = n_shown(asking.hops) + 1
         trimmed = dropped = 0
         if request.max_tokens and self.tokenizer is not None:
-            documents, trimmed, dropped = fit(documents, self.tokenizer, request.max_tokens, first)
+            whole = documents
+            documents, trimmed, dropped = fit(whole, self.tokenizer, request.max_tokens, first)
+            chosen = _shown(chosen, whole[: len(documents)])
         hop = Hop(query, chosen, tuple(documents), first, bool(trimmed or dropped))
         last = self.stop is not None and self.stop(asking._replace(hops=(*asking.hops, hop)))
         return Result([result_part(documents, first)], hop, last)
+
+
+def _shown(hits: Sequence[Hit], documents: Sequence[Document]) -> tuple[Hit, ...]:
+    """The hits that are among the documents: what did not fit may be found again."""
+    ids, texts = {document.id for document in documents}, {said(document) for document in documents}
+    return tuple(hit for hit in hits if hit.document.id in ids or said(hit.document) in texts)
 
 
 def hops_of(calls: Sequence[Call]) -> tuple[Hop, ...]:

@@ -3,6 +3,7 @@ goes through the command."""
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from puppet import searcher
@@ -11,12 +12,13 @@ from readers import build_reader, hotpot
 from nanochat import checkpoint
 from nanochat.data.answers import ABSTENTION
 from nanochat.data.world import World
+from nanochat.engine.tools import Request
 from nanochat.errors import NanochatError, UsageError
 from nanochat.evaluation import rag_commands
 from nanochat.evaluation.rag import Options
 from nanochat.evaluation.rag_questions import world_questions
 from nanochat.evaluation.rag_result import SEARCHING
-from nanochat.evaluation.refrag import Hops, measure_refrag
+from nanochat.evaluation.refrag import HopAsker, Hops, measure_refrag
 from nanochat.rag.tasks import as_document
 from nanochat.retrieval.document import Hit
 from nanochat.tokenizer import Tokenizer
@@ -114,6 +116,18 @@ def test_one_search_is_given_as_many_documents():
     expected = {"multihop_one_shot_em", "multihop_one_shot_retrieval_recall", "closed_book_new_em", "refrag_em"}
     assert expected <= set(names)
     assert not {"rag_em", "retrieval_recall", "citation_precision"} & set(names)
+
+
+def test_two_questions_of_the_same_words_are_told_apart():
+    """Each with gold of its own: neither is shown it when it gets what another question found."""
+    first, second = QUESTIONS[0], QUESTIONS[2]
+    same = [first, replace(second, question=first.question), QUESTIONS[4]]
+    asker = HopAsker(searcher(TOKENIZER, guess, 6000), TOKENIZER, Shelf(), same, Options(), 4000, hops=Hops(1, 60))
+    tool = asker.tool("refrag_shuffled", range(3))
+    for i, result in enumerate(tool.run([Request("anything", i) for i in range(3)])):
+        shown = {document.id for document in result.value.documents}
+        assert not shown & set(same[i].gold)
+        assert shown >= set(same[1 - i].gold) - set(same[i].gold) if i < 2 else shown
 
 
 def test_searches_that_fail():

@@ -110,6 +110,22 @@ def test_results_fit(max_tokens, top_k):
     assert cut.value.cut == (n_cut < n_whole)
 
 
+def test_a_document_that_did_not_fit_can_be_found_again():
+    shelf = Shelf([Document(f"d{i}", f"boats {'word ' * 30}{i}", f"Name {'abc'[i]}") for i in range(3)])
+    tool = SearchTool(TOKENIZER, shelf, 2)
+    calls = run(tool, "boats", max_tokens=50)
+    hop = hops_of(calls)[0]
+    assert ([hit.id for hit in hop.hits], [d.id for d in hop.documents], hop.cut) == (["d0"], ["d0"], True)
+    result = tool.run([Request("boats", 0, calls)])[0]
+    assert [d.id for d in result.value.documents] == ["d1", "d2"]
+
+
+def test_what_fits_counts_as_shown_under_all_its_names():
+    twins = [Document("a", "Torwick lies by the sea.", "Torwick"), Document("b", "Torwick lies by the sea.", "Torwick")]
+    calls = run(SearchTool(TOKENIZER, Shelf(twins), 2), "Torwick", "Torwick", max_tokens=200)
+    assert [[d.id for d in hop.documents] for hop in hops_of(calls)] == [["a"], []]
+
+
 def test_hooks_are_told_where_the_answer_stands():
     seen = []
 
@@ -126,7 +142,7 @@ def test_hooks_are_told_where_the_answer_stands():
     calls = (Call(0, "Torwick", first.value, 0),)
     second = tool.run([Request("Torwick", 1, calls)])[0]
     assert (second.value.documents, second.last) == ((), True)
-    assert [(a.question, len(a.hops)) for a in seen] == [("Q1", 0), ("Q1", 1)]
+    assert [(a.question, len(a.hops), a.prompt) for a in seen] == [("Q1", 0, 1), ("Q1", 1, 1)]
 
 
 @pytest.mark.parametrize(
