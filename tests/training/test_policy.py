@@ -71,6 +71,14 @@ def test_it_runs_and_says_what_happened(root: Path) -> None:
     assert json.loads((root / "tiny" / "rl" / "config.json").read_text())["n_samples"] == 4
 
 
+def test_half_precision_is_watched_too(root: Path) -> None:
+    """The engine and the loss round differently: the log-probabilities differ, by far less than ends the run."""
+    train_rl(root, dtype="bfloat16", num_iterations=3)
+    gaps = [record["logprob_gap"] for record in rounds(root)]
+    assert len(gaps) == 3
+    assert 1e-5 < max(gaps) < 0.05
+
+
 @pytest.mark.parametrize("minibatches", [1, 2])
 def test_resumed_twice_is_as_uninterrupted(root: Path, tmp_path: Path, minibatches: int) -> None:
     """Two epochs: a checkpoint may fall into the middle of a round."""

@@ -129,6 +129,21 @@ def test_gradient_is_that_of_the_papers(advantage: str, kl: float, ratio: str, p
         torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-5 * largest)
 
 
+@pytest.mark.parametrize("per", PER)
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize(("advantage", "kl"), [("dr_grpo", 0.0), ("grpo", 0.3), ("weighted", 0.0)])
+def test_gradient_in_half_precision_is_near_it(advantage: str, kl: float, ratio: str, per: str) -> None:
+    """bf16 is what a CPU that has it trains in; measured: 2% to 5% off."""
+    model, reference = lm(1), lm(2)
+    samples = rolled(model)
+    o = Objective(advantage, per, ratio, clip_low=0.1, clip_high=0.15, kl=kl)
+    papers = torch.autograd.grad(paper_loss(model, reference, samples, o), list(model.parameters()))
+    model.compute_dtype = reference.compute_dtype = torch.bfloat16
+    ours = torch.autograd.grad(our_loss(model, reference, samples, o), list(model.parameters()))
+    a, b = (torch.cat([part.flatten() for part in parts]) for parts in (ours, papers))
+    assert float((a - b).norm() / b.norm()) < 0.1
+
+
 def test_on_policy_it_is_reinforce() -> None:
     model = lm(3)
     samples = []
@@ -146,8 +161,10 @@ def test_on_policy_it_is_reinforce() -> None:
         torch.testing.assert_close(a, b, rtol=2e-3, atol=1e-6)
 
 
-def test_masked_tokens_have_exactly_no_gradient() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masked_tokens_have_exactly_no_gradient(dtype: torch.dtype) -> None:
     model = lm(4)
+    model.compute_dtype = dtype
     samples = rolled(model)
     gains, scale = advantages(REWARDS, GROUP, "grpo"), [1.0] * len(samples)
     batch = policy_batch(samples, gains, scale, pad_id=0)
@@ -161,7 +178,7 @@ def test_masked_tokens_have_exactly_no_gradient() -> None:
         end = len(one.prompt) + len(one.ids) - 1
         assert bool((batch.targets[row, end:] == IGNORED).all())
         assert not weights[row, end:].any()
-    hidden = torch.randn(weights.numel(), 8, requires_grad=True)
+    hidden = torch.randn(weights.numel(), 8, dtype=dtype, requires_grad=True)
     head = torch.randn(V, 8)
     loss = linear_cross_entropy(hidden, head, batch.targets.flatten(), weights.flatten())
     (gradient,) = torch.autograd.grad(loss, hidden)
