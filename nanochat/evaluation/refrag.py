@@ -23,7 +23,16 @@ from nanochat.evaluation.rag_result import HEADINGS, SEARCHING, Judged, RagResul
 from nanochat.intervals import Metric, exact
 from nanochat.model.lm import LM
 from nanochat.rag.knowledge import Searcher
-from nanochat.rag.multihop import Asking, Query, SearchTool, as_written, documents_of, hops_of, read_answer
+from nanochat.rag.multihop import (
+    Asking,
+    Query,
+    SearchTool,
+    as_written,
+    believed,
+    documents_of,
+    hops_of,
+    read_answer,
+)
 from nanochat.rag.questions import RagQuestion
 from nanochat.rag.template import template_query
 from nanochat.retrieval.document import Hit
@@ -84,7 +93,8 @@ class HopAsker(Asker):
             messages = [{"role": "user", "content": self.questions[i].question}]
             seconds, cut = sum(call.seconds for call in rollout.calls), any(hop.cut for hop in hops)
             prepared = Prepared(self.questions[i], messages, rollout.prompt, documents, cut, seconds)
-            yield self.judge(condition, i, prepared, read_answer(rollout, self.tokenizer))._replace(queries=len(hops))
+            answer = believed(read_answer(rollout, self.tokenizer))
+            yield self.judge(condition, i, prepared, answer)._replace(queries=len(hops))
 
     def roll(self, condition: str, numbers: Sequence[int]) -> list[Rollout]:
         """The questions with these numbers, all at once."""

@@ -26,6 +26,7 @@ class CitationStream:
         self._begun = False  # whether the sentence has said something
         self._fed = False  # whether it has any token, be it a blank
         self._any = False  # whether a sentence before has
+        self.adrift = False  # as in `citations.Answer`, so far
 
     def feed(self, ids: int) -> str:
         """The text that this token releases."""
@@ -33,8 +34,9 @@ class CitationStream:
             self._inside = []
             return self._close()
         if self._inside is None:
-            if ids == self._abstain and not (self._fed or self._any):
+            if ids == self._abstain and not self.begun:
                 self._cited.clear()
+                self.adrift = False
             if self.tokenizer.is_special(ids):
                 return ""
             self._fed = True
@@ -45,8 +47,15 @@ class CitationStream:
         number = resolve(self.tokenizer.decode(self._inside), self.headings)
         if number:
             self._cited.append(number)
+        else:
+            self.adrift |= not self.begun
         self._inside = None
         return ""
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything was said but citations."""
+        return self._fed or self._any
 
     def flush(self) -> str:
         """The citations of the last sentence."""

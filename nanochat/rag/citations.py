@@ -28,11 +28,13 @@ class Sentence:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said: its sentences, whether it abstained, and citations that name no document."""
+    """What the model said: its sentences, whether it abstained, and citations that name no document. `adrift`: one of
+    these stands before its first words, so that they rest on something that was not found."""
 
     sentences: tuple[Sentence, ...]
     abstained: bool
     invalid: tuple[str, ...]
+    adrift: bool = False
 
     @property
     def text(self) -> str:
@@ -111,7 +113,7 @@ def parse(ids: Sequence[int], tokenizer: Tokenizer, headings: Sequence[str]) -> 
     cited: list[int] = []
     text: list[int] = []
     inside: list[int] | None = None
-    abstained = False
+    abstained = adrift = False
 
     def close() -> None:
         said = tokenizer.decode(text).strip()
@@ -131,11 +133,12 @@ def parse(ids: Sequence[int], tokenizer: Tokenizer, headings: Sequence[str]) -> 
                 cited.append(number)
             else:
                 invalid.append(label)
+                adrift |= not (sentences or text)
             inside = None
         elif inside is not None:
             inside.append(token)
         elif token == abstain and not (sentences or text):  # later it would be rambling
-            abstained = True
+            abstained, adrift = True, False
             cited.clear()
             invalid.clear()
         elif not tokenizer.is_special(token):
@@ -143,7 +146,7 @@ def parse(ids: Sequence[int], tokenizer: Tokenizer, headings: Sequence[str]) -> 
     if inside is not None:
         invalid.append(tokenizer.decode(inside).strip())
     close()
-    return Answer(tuple(sentences), abstained, tuple(invalid))
+    return Answer(tuple(sentences), abstained, tuple(invalid), adrift)
 
 
 def sources(answer: Answer, documents: Sequence[Document]) -> list[str]:

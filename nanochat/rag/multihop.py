@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeAlias
 from nanochat.engine.rollout import Rollout
 from nanochat.engine.tools import Call, Request, Result
 from nanochat.errors import UsageError
-from nanochat.rag.citations import Answer, parse
+from nanochat.rag.citations import ABSTAINED, Answer, parse
 from nanochat.rag.knowledge import Searcher
 from nanochat.rag.prompt import aggregate, distinct, fit, headings, result_part, said
 from nanochat.retrieval.document import Document, Hit
@@ -165,6 +165,12 @@ def answer_ids(rollout: Rollout) -> list[int]:
 def read_answer(rollout: Rollout, tokenizer: Tokenizer) -> Answer:
     """The answer with its citations, which name the documents of all hops. A row that ended in a search said none."""
     return parse(answer_ids(rollout), tokenizer, headings(documents_of(rollout.calls)))
+
+
+def believed(answer: Answer) -> Answer:
+    """The answer, or an abstention in its place where it rests on a document that was not found: each citation is a
+    link of the chain that led to it."""
+    return ABSTAINED if answer.adrift else answer
 
 
 def search_in_hops(

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
+from nanochat.data.answers import ABSTENTION
 from nanochat.engine.generate import Completion
 from nanochat.engine.prefix import PrefixCache
 from nanochat.engine.rollout import MAX_CALL_TOKENS, Rollout, Step, steps
@@ -28,7 +29,18 @@ from nanochat.rag.citation_stream import CitationStream
 from nanochat.rag.citations import headings_in
 from nanochat.rag.grounded import GroundedAnswer, as_messages, lay_out
 from nanochat.rag.knowledge import Searcher
-from nanochat.rag.multihop import Hop, Query, SearchTool, Select, Stop, as_written, documents_of, hops_of, read_answer
+from nanochat.rag.multihop import (
+    Hop,
+    Query,
+    SearchTool,
+    Select,
+    Stop,
+    as_written,
+    believed,
+    documents_of,
+    hops_of,
+    read_answer,
+)
 from nanochat.rag.support import Support, support
 from nanochat.tasks.task import message_text
 from nanochat.tokenizer import Tokenizer
@@ -130,7 +142,7 @@ class MultiHopChat:
         if rollout.error:
             raise NanochatError(rollout.error)
         hops, documents = hops_of(rollout.calls), documents_of(rollout.calls)
-        answer = read_answer(rollout, self.tokenizer)
+        answer = believed(read_answer(rollout, self.tokenizer))
         grounds: list[Support] = []
         if documents and not answer.abstained:
             grounds = support(answer, documents, question=question, calibration=self.calibration)
@@ -144,13 +156,14 @@ class MultiHopChat:
 
 
 class _Visible:
-    """The text of a rollout: what the model says outside of its calls."""
+    """The text of a rollout: what the model says outside of its calls; the abstention, where it would rest on a document
+    that was not found (`multihop.believed`)."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], max_tokens: int) -> None:
         self.decoder = CitationStream(tokenizer, [])
         self.text = TextStream(self.decoder, stop)
         self.start, self.end = tokenizer.special(SearchTool.start), tokenizer.special(SearchTool.end)
-        self.inside = False
+        self.inside = self.unfounded = False
         self.said = self.held = ""
         self.room = max_tokens
 
@@ -160,21 +173,25 @@ class _Visible:
         return self.room <= 0 and not self.text.stopped
 
     def push(self, row: int, token: int) -> bool:
-        """Take a token; whether it was the last: a stop string is complete, or enough was said."""
+        """Take a token; whether it was the last: a stop string is complete, enough was said, or nothing should be."""
         if token == self.start:
             self.inside = True
         elif token == self.end:
             self.inside = False
         elif not self.inside:
-            self.held += self.text.push(token)
+            piece = self.text.push(token)
             self.room -= 1
+            if self.decoder.adrift and self.decoder.begun:
+                self.unfounded, self.held = True, ABSTENTION
+                return True
+            self.held += piece
         return self.text.stopped or self.full
 
     def read(self, step: Step) -> None:
         """What else a step brings: documents that may be cited from now on, or the end."""
         if not step.sampled:
             self.decoder.headings += headings_in(step.ids, self.decoder.tokenizer)
-        if step.finished is not None:
+        if step.finished is not None and not self.unfounded:
             self.held += self.text.finish()
 
     def released(self) -> str:

@@ -26,7 +26,7 @@ from nanochat.rag.knowledge import Library, Searcher
 from nanochat.rag.multihop import SearchTool, documents_of
 from nanochat.rag.prompt import heading
 from nanochat.rag.questions import RagQuestion
-from nanochat.rag.tasks import as_document, cited_answer
+from nanochat.rag.tasks import as_document, cite, cited_answer
 from nanochat.retrieval.document import Document, Hit
 from nanochat.tasks.task import Task, check_index
 from nanochat.tasks.world import abstention
@@ -96,9 +96,11 @@ def trace(
     top_k: int,
     tokenizer: Tokenizer | None = None,
     max_result_tokens: int = 0,
+    sought: str = "",
 ) -> list[dict[str, Any]]:
-    """The content of an ideal answer: each query with what it finds, then the sentence behind the numbers of the gold
-    documents, or the abstention where there are none, or not all were found."""
+    """The content of an ideal answer: each query with what it finds, then the sentence behind the headings of the gold
+    documents, or the abstention where there are none, or not all were found; before it a citation of the name that was
+    `sought`, with the number of its document where there is one: to look first and decide then (`tasks.cite`)."""
     tool = SearchTool(tokenizer, searcher, top_k)
     parts: list[dict[str, Any]] = []
     calls: tuple[Call, ...] = ()
@@ -108,7 +110,8 @@ def trace(
         parts += [{"type": "search", "text": f" {query}"}, *result.parts]  # names have the tokens of the question's
     headings = {document.id: heading(document.title, n) for n, document in enumerate(documents_of(calls), 1)}
     if not gold or not set(gold) <= set(headings):
-        return [*parts, *abstention()]
+        found = {document.title: headings[document.id] for document in documents_of(calls)}
+        return [*parts, *([cite(found.get(sought, f" {sought}"))] if sought else []), *abstention()]
     return [*parts, *cited_answer([headings[one] for one in gold], sentence)]
 
 
@@ -136,10 +139,15 @@ def chain_queries(world: World, question: Question) -> list[str]:
     For a question that nothing answers: the name that it asks about."""
     if question.hop_chain:
         return [f"{world.name(entity)} {relation}" for entity, relation, _ in question.hop_chain]
+    return [f"{asked_about(world, question)} {question.relation}"]
+
+
+def asked_about(world: World, question: Question) -> str:
+    """The name in a question of one hop."""
     if question.entity >= 0:
-        return [f"{world.name(question.entity)} {question.relation}"]
+        return world.name(question.entity)
     names = re.findall(r"[A-Z]\w*(?: [A-Z0-9]\w*)*", question.text[1:])  # the first letter is a capital anyway
-    return [f"{max(names, key=len)} {question.relation}"]
+    return max(names, key=len)
 
 
 class MultiHopWorld:
@@ -207,7 +215,8 @@ class MultiHopWorld:
         world, _ = self.world(i)
         draws = Draws(mix(mix(0x40C, self.seed), check_index(i, self.n)))
         if draws.below(1000) < 1000 * self.absent:
-            return next(iter(world.unanswerable("new", "train", draws.bits(), 1)))
+            both = list(world.unanswerable("new", "train", draws.bits(), 2))  # nothing states it; nobody has the name
+            return both[draws.below(2)]
         return next(iter(world.questions(draws.choice(self.hops), "new", "train", draws.bits() >> 8, 1)))
 
     def __getitem__(self, i: int) -> dict[str, Any]:
@@ -216,7 +225,7 @@ class MultiHopWorld:
         said = question.answer if self.short else question.sentence
         content = trace(
             chain_queries(world, question), searcher, question.gold_documents, said, self.top_k, self.tokenizer,
-            self.max_result_tokens,
+            self.max_result_tokens, "" if question.answerable else asked_about(world, question),
         )  # fmt: skip
         answers = [question.answer] if question.answerable else []
         return as_conversation(

@@ -37,6 +37,7 @@ class Play:
     max_result_tokens: int = 256
     max_rows: int = MAX_ROWS
     rows: int = 32  # rollouts in a forward pass of training
+    oversample: int = 1  # prompts drawn for each that counts
     epochs: int = 1
     minibatches: int = 1
     eval_prompts: int = 128  # of each validation task

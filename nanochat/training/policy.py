@@ -41,6 +41,15 @@ TRIES = 4  # rounds drawn when no group says anything
 GAP = {torch.float32: 1e-3}  # largest mean difference of log-probabilities between engine and loss, in nats
 GAP_HALF = 0.1  # the same in half precision
 
+
+def telling(gains: Sequence[float], n_samples: int, n_groups: int) -> list[int]:
+    """The numbers of the samples of `n_groups` groups: those with an advantage that is not 0 first, then the others, as
+    they come."""
+    starts = range(0, len(gains), n_samples)
+    order = sorted(starts, key=lambda start: not any(gains[start : start + n_samples]))
+    return [i for start in sorted(order[:n_groups]) for i in range(start, start + n_samples)]
+
+
 @dataclass
 class Tally:
     """Sums over the targets of one optimizer step, on this process."""
@@ -75,26 +84,32 @@ class PolicyStage:
         self.pending: list[PolicyBatch] = []
         self.fresh = False  # the model is the one that sampled the batches
         self.means: dict[str, float] = {}  # of the latest round
+        self.said = 1.0  # share of its groups whose rewards differ
         self.traces: list[Trace] = []  # of the latest evaluation
         self.tally = Tally()
 
     def collect(self) -> list[PolicyBatch]:
-        """One round. When every group of all processes has equal rewards, nothing could be learnt from it, and it is
-        drawn again, at most TRIES times in all."""
+        """One round. Of `oversample` times as many groups those stay whose rewards differ, filled up with others to
+        n_prompts. When every group of all processes has equal rewards, nothing could be learnt from it, and it is drawn
+        again, at most TRIES times in all."""
         o, rank, world = self.options, self.runtime.rank, self.runtime.world_size
+        drawn = o.n_prompts * o.oversample
         for _ in range(TRIES):
-            problems = self.course.draw(self.round, o.n_prompts)[rank::world]
-            streams = range(rank, o.n_prompts, world)  # whatever the number of processes
+            problems = self.course.draw(self.round, drawn)[rank::world]
+            streams = range(rank, drawn, world)  # whatever the number of processes
             sampling = Sampling(o.max_tokens, o.temperature, seed=mix(mix(0x201, o.seed), self.round) >> 1)
             self.round += 1
             played = self.player.play(problems, sampling, o.n_samples, streams)
             gains = advantages([one.score.total for one in played], o.n_samples, self.objective.advantage)
             gains = [gain if is_usable(one.rollout) else 0.0 for gain, one in zip(gains, played)]
             self.observe(played, gains)
-            if self.collapse or all_reduce_sum(sum(gain != 0.0 for gain in gains)):
+            chosen = telling(gains, o.n_samples, o.n_prompts // world)
+            groups = [gains[i : i + o.n_samples] for i in chosen[:: o.n_samples]]
+            self.said = all_reduce_sum(sum(any(group) for group in groups)) / o.n_prompts
+            if self.collapse or self.said:
                 break
             log.debug("round %d: all groups have equal rewards", self.round - 1)
-        return self.batches_of([one.rollout for one in played], gains)
+        return self.batches_of([played[i].rollout for i in chosen], [gains[i] for i in chosen])
 
     def batches_of(self, rolled: Sequence[Rollout], gains: Sequence[float]) -> list[PolicyBatch]:
         """The micro-batches of all steps of a round, in order."""
@@ -107,12 +122,15 @@ class PolicyStage:
             n_targets = all_reduce_sum(sum(lengths))
             n_rollouts = all_reduce_sum(sum(length > 0 for length in lengths))
             scale = scales(lengths, n_targets, max(1, n_rollouts), o.max_tokens, self.objective.per)
-            order = sorted(range(len(chosen)), key=lambda j: len(rolled[chosen[j]].prompt) + len(rolled[chosen[j]].ids))
+            # rows that weigh nothing are not worth a forward pass; the divisor is that of all rows nonetheless
+            kept = [j for j in range(len(chosen)) if self.objective.kl or gains[chosen[j]]]
+            n_kept = all_reduce_sum(sum(lengths[j] for j in kept))
+            order = sorted(kept, key=lambda j: len(rolled[chosen[j]].prompt) + len(rolled[chosen[j]].ids))
             for k in range(n_micro):
                 some = order[k * len(order) // n_micro : (k + 1) * len(order) // n_micro]
                 batch = policy_batch(
-                    [rolled[chosen[j]] for j in some], [gains[chosen[j]] for j in some], [scale[j] for j in some],
-                    self.tokenizer.bos,
+                    [rolled[chosen[j]] for j in some], [gains[chosen[j]] for j in some],
+                    [scale[j] * n_kept / max(1, n_targets) for j in some], self.tokenizer.bos,
                 )  # fmt: skip
                 found.append(self.with_reference(batch))
         return found * o.epochs
@@ -237,6 +255,7 @@ class PolicyStage:
             "course": self.course.state_dict(),
             "detector": self.detector.state_dict(),
             "means": self.means,
+            "said": self.said,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -245,6 +264,7 @@ class PolicyStage:
         self.course.load_state_dict(state["course"])
         self.detector.load_state_dict(state["detector"])
         self.means = dict(state["means"])
+        self.said = state.get("said", 1.0)
         if state["world_size"] == self.runtime.world_size:
             mine = state["cursors"]["rollouts"]["lanes"][str(self.runtime.rank)]
             self.pending, self.fresh = [PolicyBatch(**batch) for batch in mine["pending"]], mine["fresh"]

@@ -138,6 +138,11 @@ def policy_batch(
 ) -> PolicyBatch:
     """One row a rollout, padded on the right to a length divisible by `multiple`. gains: advantages. Prompts, results
     of calls and rollouts that are not usable are no targets."""
+    if not rolled:  # a step without anything to learn from still takes its part in what all processes do together
+        empty = torch.zeros(1, multiple)
+        ids = torch.full((1, multiple), pad_id, dtype=torch.int64)
+        return PolicyBatch(ids, torch.full_like(ids, IGNORED), empty, empty.to(torch.int32), empty, empty,
+                           torch.zeros(1, 0))  # fmt: skip
     longest = max(len(one.prompt) + len(one.ids) - 1 for one in rolled)
     T = max(multiple, -(-longest // multiple) * multiple)
     inputs = torch.full((len(rolled), T), pad_id, dtype=torch.int64)

@@ -53,6 +53,8 @@ class PolicySettings(TrainSettings):
     """prompts of a round, over all processes"""
     n_samples: int = 8
     """answers sampled to each prompt: a group"""
+    oversample: int = 1
+    """prompts drawn for each of --n_prompts: groups whose answers are all worth the same leave first (dynamic sampling)"""
     max_tokens: int = 64
     """tokens that an answer may have, results of tools not counted"""
     temperature: float = 1.0
@@ -113,7 +115,7 @@ class PolicySettings(TrainSettings):
 
     def check(self) -> None:
         super().check()
-        for flag in ("n_prompts", "max_tokens", "max_rows", "epochs", "minibatches", "eval_prompts"):
+        for flag in ("n_prompts", "oversample", "max_tokens", "max_rows", "epochs", "minibatches", "eval_prompts"):
             if getattr(self, flag) < 1:
                 raise UsageError(f"--{flag} {getattr(self, flag)}: must be at least 1")
         if self.n_samples < 2 and self.advantage != "weighted":
@@ -136,7 +138,7 @@ class PolicySettings(TrainSettings):
         """How answers are sampled."""
         return Play(
             self.n_prompts, self.n_samples, self.max_tokens, self.temperature, max_rows=self.max_rows,
-            rows=self.device_batch_size, epochs=self.epochs, minibatches=self.minibatches,
+            rows=self.device_batch_size, oversample=self.oversample, epochs=self.epochs, minibatches=self.minibatches,
             eval_prompts=self.eval_prompts, seed=self.seed, **more,
         )  # fmt: skip
 

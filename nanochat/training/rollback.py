@@ -86,10 +86,9 @@ class PolicyTrainer(Trainer):
     def update(self, micro: list[Batch]) -> float:
         """As every stage, with smaller steps where few groups say anything. Muon and AdamW move as far for a faint
         gradient as for a clear one: near the end, when most groups are all right, they would walk at random."""
-        said = 1.0 - self.policy.means["flat_groups"]
         for optimizer in self.optimizers.all:
             for group in optimizer.param_groups:
-                group["lr"] *= said
+                group["lr"] *= self.policy.said
         return super().update(micro)
 
     def stop_at(self, batch: Batch, index: int, what: str) -> None:

@@ -2,6 +2,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat.rag.citation_stream import CitationStream
+from nanochat.rag.citation_stream import CitationStream
 from nanochat.rag.citations import headings_in, parse, resolve, sources
 from nanochat.rag.prompt import headings, retrieval_message
 from nanochat.retrieval.document import Document
@@ -78,6 +79,24 @@ def test_an_answer_that_cites_only_what_is_not_there_is_unfounded() -> None:
     assert not parse([*made_up, *right, *plain], T, NAMES).unfounded
     assert not parse(plain, T, NAMES).unfounded
     assert not parse([*made_up, T.special("abstain"), *plain], T, NAMES).unfounded
+
+
+def test_an_answer_is_adrift_that_rests_on_something_which_is_not_there() -> None:
+    made_up, right, plain = cite(" Kay Oakes2"), cite(" Orvane2"), T.encode("It is so.")
+    abstain = T.special("abstain")
+    for ids, adrift in (
+        ([*made_up, *plain], True),
+        ([*right, *made_up, *plain], True),  # a chain with a link missing
+        ([*right, *plain], False),
+        (plain, False),
+        ([*made_up, abstain, *plain], False),  # it looked, and says that it does not know
+        ([*right, *plain, *made_up, *plain], False),  # the answer is said already
+    ):
+        assert parse(ids, T, NAMES).adrift == adrift
+        stream = CitationStream(T, NAMES)
+        for token in ids:
+            stream.feed(token)
+        assert stream.adrift == adrift
 
 
 def test_headings_are_found_in_a_prompt() -> None:

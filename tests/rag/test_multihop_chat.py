@@ -4,6 +4,7 @@ import pytest
 from puppet import Puppet, searcher
 from test_multihop import DOCUMENTS, TOKENIZER, Shelf
 
+from nanochat.data.answers import ABSTENTION
 from nanochat.engine.prefix import PrefixCache
 from nanochat.errors import NanochatError, UsageError
 from nanochat.rag.multihop_chat import MultiHopChat
@@ -50,6 +51,24 @@ def test_the_stream_is_the_text():
     *shown, _ = [*keep(build().stream_chat(QUESTION)), ""]
     assert "".join(shown) == pieces[0].text
     assert len(shown) > 20
+
+
+def test_an_answer_that_rests_on_what_was_not_found_is_none():
+    def made_up(question, results):
+        if not results:
+            return [{"type": "search", "text": "Torwick founded"}]
+        names = ({"type": "cite", "text": name} for name in ("1", " Kay Oakes"))
+        return [*names, {"type": "text", "text": "She was born in Brimholt."}]
+
+    def keep(stream):
+        found.append((yield from stream))
+
+    found = []
+    pieces = list(keep(build(made_up).stream_chat(QUESTION)))
+    assert found[0].text == "".join(pieces) == ABSTENTION
+    assert found[0].abstained
+    assert not found[0].citations
+    assert not found[0].support
 
 
 def test_stop_strings_end_the_answer():

@@ -64,6 +64,23 @@ def test_a_trace_is_right_and_masked_as_it_should_be() -> None:
     assert kinds == {True, False}
 
 
+def test_traces_look_first_and_decide_then() -> None:
+    task = MultiHopWorld((1,), n=80, absent=0.99, top_k=1)
+    kinds = set()
+    for i in range(len(task)):
+        conversation, question = task[i], task.question(i)
+        if question.answerable:
+            continue
+        assert [part["type"] for part in parts(conversation)] == ["search", "result", "cite", "abstain"]
+        looked = parts(conversation)[2]["text"]
+        titles = [document["title"] for document in shown(conversation)]
+        exists = question.entity >= 0
+        assert (looked in titles) if exists else (number_of(looked) == 0)
+        assert looked.strip().rstrip("0123456789") in question.text
+        kinds.add(exists)
+    assert kinds == {True, False}
+
+
 def test_worlds_differ_and_equal_arguments_give_equal_questions() -> None:
     task, again, other = (MultiHopWorld(n=64, seed=seed, per_world=16) for seed in (1, 1, 2))
     assert [task[i] for i in (0, 17, 63, 5)] == [again[i] for i in (0, 17, 63, 5)]

@@ -19,7 +19,7 @@ from nanochat.rag import rewards
 from nanochat.rag.traces import read_traces
 from nanochat.training import play
 from nanochat.training.loop import Trainer
-from nanochat.training.policy import PolicyStage
+from nanochat.training.policy import PolicyStage, telling
 from nanochat.training.rollback import PolicyTrainer
 
 HERE = Path(__file__).parent
@@ -193,6 +193,49 @@ def test_groups_that_agree_change_nothing(root: Path, monkeypatch: pytest.Monkey
         if name.startswith("model/"):
             assert torch.equal(weight, end[name]), name
     assert metrics["rounds"] == 6 * 4  # each was drawn again, as often as it may be
+
+
+def test_rows_that_weigh_nothing_are_left_out_and_change_nothing(root: Path, tmp_path: Path) -> None:
+    """With a (negligible) KL term every row has a gradient of its own, and all of them go through the model."""
+    other = copy_run(root, tmp_path / "other", "tokenizer", "sums")
+    train_rl(root, num_iterations=1)
+    train_rl(other, num_iterations=1, kl=1e-12)
+    assert 0 < rounds(root)[0]["flat_groups"] < 1
+    whole = saved(other, "rl")
+    for name, weight in saved(root, "rl").items():
+        if name.startswith("model/"):
+            torch.testing.assert_close(weight, whole[name], atol=2e-5, rtol=0)
+
+
+def test_groups_that_say_something_come_first() -> None:
+    gains = [0.0, 0.0, 0.5, -0.5, 0.0, 0.0, -0.1, 0.1]
+    assert telling(gains, 2, 2) == [2, 3, 6, 7]
+    assert telling(gains, 2, 3) == [0, 1, 2, 3, 6, 7]  # filled up with another, in the order of drawing
+    assert telling(gains, 2, 4) == list(range(8))
+    assert telling(gains, 2, 1) == [2, 3]
+
+
+def test_more_prompts_are_drawn_than_count(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, kept = [], []
+    player, batches = play.Player.play, PolicyStage.batches_of
+
+    def count(self: play.Player, problems: Any, sampling: Any, n: int, streams: Any = None) -> Any:
+        if n > 1:
+            drawn.append(len(problems))
+            assert list(streams) == list(range(12))
+        return player(self, problems, sampling, n, streams)
+
+    def keep(self: PolicyStage, rolled: Any, gains: Any) -> Any:
+        kept.append([any(gains[i : i + 4]) for i in range(0, len(gains), 4)])
+        return batches(self, rolled, gains)
+
+    monkeypatch.setattr(play.Player, "play", count)
+    monkeypatch.setattr(PolicyStage, "batches_of", keep)
+    train_rl(root, oversample=3)
+    assert set(drawn) == {12}
+    assert {len(groups) for groups in kept} == {4}
+    says = [round(12 * (1 - record["flat_groups"])) for record in rounds(root)]
+    assert [sum(groups) for groups in kept] == [min(4, n) for n in says]
 
 
 def test_a_reward_that_breaks_names_the_sample(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
