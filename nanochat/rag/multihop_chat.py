@@ -156,8 +156,8 @@ class MultiHopChat:
 
 
 class _Visible:
-    """The text of a rollout: what the model says outside of its calls; the abstention, where it would rest on a document
-    that was not found (`multihop.believed`)."""
+    """The text of a rollout: what the model says outside of its calls, or the abstention where it would rest on a
+    document that was not found (`multihop.believed`)."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], max_tokens: int) -> None:
         self.decoder = CitationStream(tokenizer, [])

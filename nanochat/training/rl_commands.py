@@ -54,7 +54,7 @@ class PolicySettings(TrainSettings):
     n_samples: int = 8
     """answers sampled to each prompt: a group"""
     oversample: int = 1
-    """prompts drawn for each of --n_prompts: groups whose answers are all worth the same leave first (dynamic sampling)"""
+    """prompts drawn for each of --n_prompts: groups whose answers are all worth the same leave first (DAPO)"""
     max_tokens: int = 64
     """tokens that an answer may have, results of tools not counted"""
     temperature: float = 1.0

@@ -2,7 +2,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat.rag.citation_stream import CitationStream
-from nanochat.rag.citation_stream import CitationStream
 from nanochat.rag.citations import headings_in, parse, resolve, sources
 from nanochat.rag.prompt import headings, retrieval_message
 from nanochat.retrieval.document import Document
