@@ -65,10 +65,10 @@ class Entity:
 class Question:
     """A question with everything that judges an answer.
 
-    `answer` is the short gold, `sentence` the same as a sentence; both are the abstention when nothing states the
-    answer. `hop_chain` is ((entity id, relation, value), ...); `gold_documents` are the ids of wording 0 of the
-    documents of these entities.
-    `entity` is -1 when the question names something that does not exist.
+    `answer` is the short gold, `sentence` the same as a sentence about the entity that the hops lead to; both are the
+    abstention when nothing states the answer. `hop_chain` is ((entity id, relation, value), ...); `gold_documents` are
+    the ids of wording 0 of the documents of these entities. `entity` is -1 when the question names something that does
+    not exist.
     """
 
     text: str
@@ -287,7 +287,7 @@ class World:
         return Question(
             text=relation_.questions[wording % len(relation_.questions)].replace("{e}", subject),
             answer=answer,
-            sentence=sentence_case(relation_.sentence.replace("{e}", subject).replace("{v}", answer)),
+            sentence=sentence_case(relation_.sentence.replace("{e}", self.name(last)).replace("{v}", answer)),
             gold_documents=tuple(f"{entity}-0" for entity, _, _ in hops),
             hop_chain=hops,
             hops=len(chain),
