@@ -64,7 +64,7 @@ class Profile:
 
 RAG_LEN = 1024  # tokens of a row of contexts
 PROFILES = {
-    "cpu": Profile(120, 1000, 40, 2048, 4, 128, 256, 8, 400, 500, 50, 2000, 1, 3, 1500, 12),
+    "cpu": Profile(120, 1000, 40, 2048, 4, 128, 256, 8, 400, 500, 50, 3000, 1, 3, 1500, 12),
     "gpu": Profile(1000, 8000, 60, 2048, 6, 384, 512, 32, 1200, 1000, 100, 4000, 8, 5, 3000, 100),
 }
 
@@ -77,8 +77,9 @@ class QuickstartSettings:
     """name of the run: everything lies under OUT_DIR/RUN"""
     out_dir: str | None = None
     """directory of all runs (default: $NANOCHAT_OUT, or out)"""
-    pattern: str = "hybrid"
-    """blocks of the model: transformer, mamba, mamba2, hybrid, or letters such as MMMT"""
+    pattern: str = "alternate"
+    """blocks of the model: alternate (Mamba-2 and attention by turns), transformer, mamba, mamba2, or letters such as
+    MMMT; a model that reads documents wants two attention blocks"""
     profile: str = "auto"
     """cpu or gpu: how large world and model are (auto: by device)"""
     seed: int = 0

@@ -54,7 +54,7 @@ def test_second_call_goes_on_where_the_first_stopped(tiny, tmp_path, monkeypatch
 
 def test_other_settings_in_the_same_run_are_refused(tiny, tmp_path):
     run_quickstart(settings(tmp_path))
-    with pytest.raises(UsageError, match="--pattern was hybrid and is mamba"):
+    with pytest.raises(UsageError, match="--pattern was alternate and is mamba"):
         run_quickstart(settings(tmp_path, pattern="mamba"))
     run_quickstart(settings(tmp_path, eval_seed=5))  # only concerns the evaluation
 
