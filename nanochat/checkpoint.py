@@ -100,7 +100,7 @@ def save(
     if keep_last:
         kept = set(steps(stage_dir)[-keep_last:]) | set(protect) | {step}
         for old in set(steps(stage_dir)) - kept:
-            _delete(stage_dir / f"step_{old:06d}")
+            delete(stage_dir / f"step_{old:06d}")
     return target
 
 
@@ -150,7 +150,7 @@ def _publish(new: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _delete(checkpoint: Path) -> None:
+def delete(checkpoint: Path) -> None:
     """Hide, then remove: killed in between, no half checkpoint is left under a visible name."""
     hidden = checkpoint.with_name(f"{_HIDDEN_NEW}gone-{checkpoint.name}")
     try:
@@ -309,7 +309,7 @@ def find(source: str | Path, out_dir: str | Path, run: str | None = None) -> Pat
     """The checkpoint directory that `--source` names: a stage of a run, or a path to a stage, checkpoint or run.
 
     run None: the run under `out_dir` that wrote this stage last; the log says which. A run directory gives the stage
-    written last. Raises NanochatError that lists what there is.
+    written last. Raises UsageError that lists what there is.
     """
     out_dir, source = Path(out_dir), str(source)
     if os.sep not in source and source not in ("", ".", ".."):
@@ -330,7 +330,7 @@ def find(source: str | Path, out_dir: str | Path, run: str | None = None) -> Pat
         assert found is not None
         log.info("--source %s: the stage written last is %s", source, found)
         return found
-    raise NanochatError(_nothing_found(source, out_dir, run))
+    raise UsageError(_nothing_found(source, out_dir, run))
 
 
 def _holds_model(path: Path | None) -> bool:

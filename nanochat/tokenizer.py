@@ -130,14 +130,14 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | Path) -> Tokenizer:
-        """Read what `save` wrote. Raises NanochatError when it is missing, damaged or of a newer format."""
+        """Read what `save` wrote. Raises UsageError when it is missing, NanochatError when damaged or of a newer format."""
         path = Path(directory)
         path = path / FILE_NAME if path.suffix != ".json" else path
         try:
             record = json.loads(path.read_bytes())
             version, sha256 = record["format_version"], record.pop("sha256")
         except FileNotFoundError:
-            raise NanochatError(f"no tokenizer at {path}: train one with `nanochat tok_train`") from None
+            raise UsageError(f"no tokenizer at {path}: train one with `nanochat tok_train`") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise NanochatError(f"{path} is damaged ({error!r}); train the tokenizer again") from None
         if version != FORMAT_VERSION:

@@ -322,11 +322,11 @@ def test_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
     monkeypatch.chdir(out / "b")
     assert checkpoint.find("base", "elsewhere") == Path("base/step_000007")
     for source, run in (("sft", None), (tmp_path / "no" / "where", None), ("", None)):
-        with pytest.raises(NanochatError, match=r"no such stage in .*there is: .*a/base"):
+        with pytest.raises(UsageError, match=r"no such stage in .*there is: .*a/base"):
             checkpoint.find(source, out, run)
-    with pytest.raises(NanochatError, match=r"--source mid: no such stage in run b in .*there is: base$"):
+    with pytest.raises(UsageError, match=r"--source mid: no such stage in run b in .*there is: base$"):
         checkpoint.find("mid", out, "b")
-    with pytest.raises(NanochatError, match=r"--run c: no trained run of this name in .*there is: a, b$"):
+    with pytest.raises(UsageError, match=r"--run c: no trained run of this name in .*there is: a, b$"):
         checkpoint.find("mid", out, "c")
     for name in ("", "..", "../out/a", str(out / "a")):
         with pytest.raises(UsageError, match="expected a name without slashes"):

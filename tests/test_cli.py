@@ -140,7 +140,7 @@ def test_help_imports_nothing_heavy() -> None:
 def test_a_script_and_the_command_end_alike(call: list[str], tmp_path: Path) -> None:
     argv = [sys.executable, *call, "--out-dir", str(tmp_path)]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.startswith(f"error: no tokenizer at {tmp_path}/default/tokenizer/bpe.json")
 
 

@@ -102,7 +102,7 @@ def load_states(
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
-        raise NanochatError(f"there is no file of states {path}")
+        raise UsageError(f"there is no file of states {path}")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -49,7 +49,7 @@ def read(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise ValueError("pytorch_model.bin holds other things than tensors by name")
     except FileNotFoundError as error:
         wanted = "config.json and model.safetensors or pytorch_model.bin"
-        raise NanochatError(f"{error.filename} is missing: a checkpoint is a directory of {wanted}") from None
+        raise UsageError(f"{error.filename} is missing: a checkpoint is a directory of {wanted}") from None
     except (OSError, ValueError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         raise NanochatError(f"{directory} is no checkpoint, or it is damaged ({error})") from None
     return config, tensors

@@ -39,7 +39,7 @@ def read_tokenizer(path: str | Path) -> tuple[Tokenizer, list[int | None]]:
         names = {token["content"]: int(token["id"]) for token in added}
         tokens, rows = _tokens(model, names, path)
     except FileNotFoundError:
-        raise NanochatError(f"there is no {path}: give the checkpoint's tokenizer.json with --tokenizer") from None
+        raise UsageError(f"there is no {path}: give the checkpoint's tokenizer.json with --tokenizer") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise NanochatError(f"{path} is no tokenizer.json, or it is damaged ({error!r})") from None
     begin = next((names[name] for name in BEGINNINGS if name in names), None)

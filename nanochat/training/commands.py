@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from nanochat.runtime import Runtime, log
 from nanochat.tasks.registry import open_mixture
 from nanochat.tasks.task import Mixture, Task
 from nanochat.tokenizer import Tokenizer
+from nanochat.training import restart
 from nanochat.training.carry import Carry
 from nanochat.training.loop import Trainer
 from nanochat.training.settings import BaseSettings, MidSettings, SFTSettings, TrainSettings, check_architecture
@@ -169,9 +169,8 @@ def run_stage(
         size,
     )  # fmt: skip
     with checkpoint.lock(directory) if rt.is_main else contextlib.nullcontext():
-        if rt.is_main and not settings.resume:
-            for step in checkpoint.steps(directory):
-                shutil.rmtree(directory / f"step_{step:06d}")
+        if rt.is_main:
+            (restart.settle if settings.resume else restart.begin)(directory)
         runtime.barrier()  # no rank looks for a checkpoint before
         return make(directory).run()
 

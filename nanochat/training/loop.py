@@ -31,6 +31,7 @@ from nanochat.model.lm import LM
 from nanochat.report import read_log
 from nanochat.runtime import Runtime, all_reduce_sum, log, peak_memory_bytes, rng_state, set_rng_state
 from nanochat.tokenizer import Tokenizer
+from nanochat.training import restart
 from nanochat.training.carry import Carry, carried_rows
 from nanochat.training.curriculum import cut, length_at
 from nanochat.training.distributed import gather, gather_state, reduce_gradients
@@ -349,10 +350,11 @@ class Trainer:
         }
         tensors = {"model": self.model.state_dict(), "optim": self.optimizers.state_dict()}
         checkpoint.save(self.directory, p.step, tensors, meta, state, keep_last=self.settings.keep_last)
+        restart.settle(self.directory)
 
     def resume(self) -> None:
         """Go on from the newest checkpoint of this directory, if there is one (every rank reads it)."""
-        newest = checkpoint.latest(self.directory)
+        newest = checkpoint.latest(self.directory) if self.settings.resume else None
         if newest is None:
             return
         saved = checkpoint.load(newest, files=("model", "optim"))
