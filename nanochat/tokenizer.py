@@ -130,7 +130,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | Path) -> Tokenizer:
-        """Read what `save` wrote. Raises UsageError when it is missing, NanochatError when damaged or of a newer format."""
+        """Read what `save` wrote. Raises UsageError when it is missing, NanochatError when it cannot be read."""
         path = Path(directory)
         path = path / FILE_NAME if path.suffix != ".json" else path
         try:

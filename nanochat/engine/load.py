@@ -9,7 +9,7 @@ import torch
 
 from nanochat import checkpoint, runtime
 from nanochat.engine.quantize import prepare
-from nanochat.errors import NanochatError, UsageError
+from nanochat.errors import UsageError
 from nanochat.model.config import ModelConfig
 from nanochat.model.layers import Linear
 from nanochat.model.lm import LM
@@ -37,8 +37,8 @@ def load_checkpoint(
 
     run None: the run that wrote this stage last. dtype `auto` computes in fp32 on a CPU (decoding is limited by the
     bytes of the weights, which `quantize` chooses: see `engine.quantize`) and in the GPU's best dtype elsewhere.
-    Raises NanochatError when the checkpoint or tokenizer is missing, damaged or they do not belong together, UsageError
-    for a device, dtype or format that there is not.
+    Raises NanochatError when the checkpoint or tokenizer is damaged, UsageError when one is missing or they do not
+    belong together, and for a device, dtype or format that there is not.
     """
     runtime.start_log()  # which checkpoint was found is a line of the log
     path = checkpoint.find(source, out_dir or runtime.out_root(), run)
@@ -46,7 +46,7 @@ def load_checkpoint(
     saved = checkpoint.load(path)
     tokenizer = Tokenizer.load(path.parent.parent / "tokenizer")
     if saved.meta["tokenizer_hash"] != tokenizer.hash:
-        raise NanochatError(
+        raise UsageError(
             f"{path} was trained with another tokenizer ({saved.meta['tokenizer_hash'][:12]}) than the one in "
             f"{path.parent.parent / 'tokenizer'} ({tokenizer.hash[:12]}): put the right one back, or train again"
         )

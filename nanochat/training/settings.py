@@ -22,7 +22,7 @@ class TrainSettings:
     source: str = ""
     """where the weights come from: a stage (base, mid, sft) or the path of a checkpoint"""
     resume: bool = True
-    """go on from the newest checkpoint of this stage, if there is one; --no-resume starts again (the old ones stay until it has saved)"""
+    """go on from the newest checkpoint of this stage, if there is one; --no-resume replaces it by a new run"""
     seed: int = 0
     """seed of initialisation, data order and sampling"""
     device: str = "auto"
