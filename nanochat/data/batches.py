@@ -2,9 +2,10 @@
 
 A *piece* is a run of (input, target) pairs of one document. A document of n tokens gives n pairs (the last target is
 the next document's <|bos|>, which stands for its end), so a document may be cut anywhere and no pair is lost. A row
-begins with the oldest piece of a buffer. Where documents may be cut it goes on with the longest that fits, again and
-again, and the head of the longest fills the last gap (its tail goes back to the buffer). Where conversations must stay
-whole it goes on with those that together leave the smallest gap, and only what no choice of them can fill is padding.
+begins with the oldest piece of a buffer (of its earliest epoch). Where documents may be cut it goes on with the longest
+that fits, again and again, and the head of the longest fills the last gap (its tail goes back to the buffer). Where
+conversations must stay whole it goes on with those that together leave the smallest gap, and only what no choice of
+them can fill is padding.
 Pieces of an earlier epoch go first: the longest of a small data set would otherwise crowd out the rest of it.
 
 The stream is divided into `n_lanes` lanes: a hash of its number gives each document its lane (a remainder would send
@@ -117,8 +118,10 @@ class Lane:
         self.arrivals += 1
 
     def oldest(self) -> int:
-        """Where in the buffer the piece stands that arrived first."""
-        return min(range(len(self.buffer)), key=lambda i: self.buffer[i].arrival)
+        """Where in the buffer the piece of the earliest epoch stands that arrived first. A small corpus fits into the
+        buffer several times, and the tails of its documents would queue up behind all their heads of later epochs."""
+        end = bisect_right(self.buffer, self.buffer[0].epoch, key=lambda item: item.epoch)
+        return min(range(end), key=lambda i: self.buffer[i].arrival)
 
     def best(self, room: int) -> int | None:
         """Where the longest piece that fits stands, of the earliest epoch or else of the next; None: all are longer.

@@ -182,6 +182,15 @@ def test_every_document_of_a_small_set_gets_its_turn(split: bool) -> None:
         assert max(times) <= min(times) + 8, times  # one a lane
 
 
+def test_a_small_corpus_is_read_before_it_is_read_again() -> None:
+    """Long documents whose tails queue: the heads of later epochs in the same buffer have to wait."""
+    source = Numbers([100] * 40)
+    batches = take(Packer(source, 16, pad_id=PAD, n_lanes=4), 120)  # 3,840 of 4,000 pairs, if each comes once
+    found = used(batches)
+    assert len(found) > 0.9 * found.total()
+    assert max(found.values()) <= 2
+
+
 def test_no_piece_waits_for_ever() -> None:
     """Lengths that never fill a gap best still come, within as many rows as the buffer holds pieces."""
     lengths = [60, 4] * 500 + [33] + [60, 4] * 500
