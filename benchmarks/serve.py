@@ -4,7 +4,8 @@
 
 Random weights; questions of the tiny world with text before them (--prompt tokens), greedy answers of --tokens tokens.
 Each stream sends its next request when its last one has been answered. `http` is the server in a process of its own and
-its clients here; `engine` is the same scheduler with its consumers on one event loop and no HTTP. Clients share the
+its clients here; `engine` is the same scheduler with its consumers on one event loop and no HTTP. Both hand over what
+they have every --pace_ms, as the server does unless it is told otherwise. Clients share the
 machine with the server, which real ones do not: they only note when bytes come, and read them when all is over. What
 they take all the same stands in `client`. Milliseconds:
 
@@ -68,6 +69,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=4, help="of each stream")
     parser.add_argument("--prompt", type=int, default=64, help="tokens")
     parser.add_argument("--tokens", type=int, default=128, help="of an answer")
+    parser.add_argument("--pace_ms", type=float, default=30.0, help="between two pieces of an answer; 0: every token")
     parser.add_argument("--slo_ttft", type=float, default=2.0)
     parser.add_argument("--slo_tpot", type=float, default=0.2)
     parser.add_argument("--soak", type=int, default=0, help="requests by 64 streams, one token each; 0: none")
@@ -178,8 +180,9 @@ def measure_engine(
 def make_scheduler(model: LM, tokenizer: Tokenizer, args: argparse.Namespace) -> Scheduler:
     """That never ends an answer early, with a prefix cache that is full soon."""
     return Scheduler(
-        model, tokenizer, max_rows=max([64, *args.streams]), max_queue=1024, prefix_cache=PrefixCache(16 << 20), eos=()
-    )
+        model, tokenizer, max_rows=max([64, *args.streams]), max_queue=1024, prefix_cache=PrefixCache(16 << 20),
+        eos=(), pace=args.pace_ms / 1000,
+    )  # fmt: skip
 
 
 def tokens_after_cancel(scheduler: Scheduler, n: int = 20) -> float:
@@ -266,7 +269,7 @@ def running(args: argparse.Namespace) -> Any:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    options = {name: getattr(args, name) for name in ("pattern", "depth", "width", "vocab_size", "device")}
+    options = {name: getattr(args, name) for name in ("pattern", "depth", "width", "vocab_size", "device", "pace_ms")}
     flags = [f"--{name}={value}" for name, value in options.items()]
     flags += ["--streams", *map(str, args.streams)]
     process = subprocess.Popen([sys.executable, "-m", "benchmarks.serve", f"--serve={port}", *flags])

@@ -14,7 +14,7 @@ from nanochat.tokenizer import Tokenizer
 
 ARGS = argparse.Namespace(
     pattern="hybrid", depth=2, width=32, vocab_size=300, device="cpu", streams=[1, 3], requests=2, tokens=6,
-    slo_ttft=60.0, slo_tpot=60.0,
+    slo_ttft=60.0, slo_tpot=60.0, pace_ms=0.0,
 )  # fmt: skip
 
 

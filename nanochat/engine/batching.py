@@ -24,13 +24,16 @@ import torch
 from nanochat.engine import cache
 from nanochat.engine.jobs import Jobs
 from nanochat.engine.prefix import PrefixCache
-from nanochat.engine.ticket import Event, Overloaded, Request, Ticket, Timings, Usage, Waiting, deliver
+from nanochat.engine.ticket import Event, Guide, Overloaded, Request, Ticket, Timings, Usage, Waiting, deliver
 from nanochat.errors import UsageError
 from nanochat.model.lm import LM
 from nanochat.runtime import log
 from nanochat.tokenizer import Tokenizer
 
-__all__ = ["Event", "Overloaded", "Request", "Scheduler", "Stats", "Ticket", "Timings", "Usage"]
+__all__ = ["Event", "Guide", "Overloaded", "Request", "Scheduler", "Stats", "Ticket", "Timings", "Usage"]
+
+
+IDLE_SECONDS = 0.01  # between two looks at what ends while all wait for their calls
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,10 @@ class Scheduler:
     max_rows: completions that decode together. max_queue: requests that may wait; one more raises `Overloaded`.
     memory_bytes: what the states of all rows may take, should every row become as long as it may (None: no bound but
     max_rows; room kept ready for more rows and tokens may double it). prefill_chunk: tokens of prompts read in a step.
-    prefix_cache: keeps beginnings of prompts, and prompts with their answers. eos: as in `Engine`. Raises UsageError
-    for values out of range, and a cache of another model.
+    prefix_cache: keeps beginnings of prompts, and prompts with their answers. eos: as in `Engine`. pace: least seconds
+    between two pieces of an answer for a consumer on an event loop, but for the first and the last; every piece costs
+    the loop as much time as a token costs the model. Raises UsageError for values out of range, and a cache of another
+    model.
     """
 
     def __init__(
@@ -110,13 +115,14 @@ class Scheduler:
         prefill_chunk: int = 256,
         prefix_cache: PrefixCache | None = None,
         eos: Collection[int] | None = None,
+        pace: float = 0.0,
     ) -> None:
         for name, value in (("max_rows", max_rows), ("max_queue", max_queue), ("prefill_chunk", prefill_chunk)):
             if value < 1:
                 raise UsageError(f"{name} {value}: expected at least 1")
         self.max_rows, self.max_queue, self.memory_bytes = max_rows, max_queue, memory_bytes
         self.context = model.config.sequence_len
-        self.prefixes = prefix_cache
+        self.prefixes, self.pace = prefix_cache, pace
         self.row_bytes, self.token_bytes = measure_states(model)
         self._changed = threading.Condition()  # guards what follows
         self._queue = Queue()
@@ -127,7 +133,7 @@ class Scheduler:
         self._thread: threading.Thread | None = None
         # from here on the owning thread's
         self._outbox: list[Waiting] = []
-        self._jobs = Jobs(model, tokenizer, prefill_chunk, prefix_cache, eos, self._ended)
+        self._jobs = Jobs(model, tokenizer, prefill_chunk, prefix_cache, eos, self._ended, self._notify)
 
     # ---- any thread
 
@@ -143,14 +149,16 @@ class Scheduler:
         `max_rows`, and for a request that never fits into the memory; Overloaded when too many wait already."""
         if not 1 <= request.n <= self.max_rows:
             raise UsageError(f"n={request.n}: expected 1 to {self.max_rows} completions")
+        if request.guide is not None and request.n > 1:
+            raise UsageError(f"n={request.n}: a guide steers one completion")
         self._jobs.engine(request).check([request.ids])
-        need = self._bytes(request.n, self._longest(request))
+        need = self._bytes(request.n, request.longest(self.context))
         if self.memory_bytes is not None and need > self.memory_bytes:
             raise UsageError(
                 f"the request may need {need / 1e6:.1f} MB for its states, of {self.memory_bytes / 1e6:.1f} MB: "
                 "ask for fewer tokens or completions"
             )
-        ticket = Ticket(request, self._notify, self._outbox)
+        ticket = Ticket(request, self._notify, self._outbox, self.pace)
         with self._changed:
             n_queued = len(self._queue)
             if self._closing or n_queued >= self.max_queue:
@@ -185,6 +193,7 @@ class Scheduler:
             self._thread.join()
             self._thread = None
         self._end_all("cancelled")
+        self._jobs.close()
 
     def __enter__(self) -> Scheduler:
         return self.start()
@@ -195,10 +204,6 @@ class Scheduler:
     def _notify(self) -> None:
         with self._changed:
             self._changed.notify_all()
-
-    def _longest(self, request: Request) -> int:
-        """Tokens that a row of this request may come to; the last one sampled is not read."""
-        return min(len(request.ids) + request.sampling.max_tokens - 1, self.context)
 
     def _bytes(self, n_rows: int, longest: int) -> int:
         """Of the states of so many rows, padded to the longest."""
@@ -211,6 +216,8 @@ class Scheduler:
             while True:
                 with self._changed:
                     self._changed.wait_for(lambda: self._stopped or len(self._queue) or len(self._jobs))
+                    if self._jobs.idle and self._next() is None and not self._stopped:
+                        self._changed.wait(IDLE_SECONDS)
                     if self._stopped:
                         return
                 self.step()
@@ -227,6 +234,7 @@ class Scheduler:
         jobs = self._jobs
         self._end_waiting(time.perf_counter())
         jobs.end_stopped(time.perf_counter())
+        jobs.resume()
         jobs.decode()
         self._admit()
         jobs.read()
@@ -258,15 +266,20 @@ class Scheduler:
         for ever."""
         while True:
             with self._changed:
-                ticket = self._queue.first()
-                if ticket is None or not self._fits(ticket.request):
+                ticket = self._next()
+                if ticket is None:
                     return
                 self._queue.pop()
             self._jobs.begin(ticket)
 
+    def _next(self) -> Ticket | None:
+        """Whose turn it is, where there is room. The caller holds the lock."""
+        ticket = self._queue.first()
+        return ticket if ticket is not None and self._fits(ticket.request) else None
+
     def _fits(self, request: Request) -> bool:
         n_rows = self._jobs.n_rows + request.n
-        need = self._bytes(n_rows, max(self._jobs.longest, self._longest(request)))
+        need = self._bytes(n_rows, max(self._jobs.longest, request.longest(self.context)))
         return n_rows <= self.max_rows and (self.memory_bytes is None or need <= self.memory_bytes)
 
     def _ended(self, ticket: Ticket, reason: str) -> None:

@@ -62,10 +62,11 @@ class Row:
     logprobs: list[float] = field(default_factory=list)
     text: list[str] = field(default_factory=list)
     finish_reason: str = ""
+    paused: bool = False  # waits for a call, see `batching`
 
     @property
     def active(self) -> bool:
-        return not self.finish_reason
+        return not (self.finish_reason or self.paused)
 
     def completion(self) -> Completion:
         return Completion(self.ids, "".join(self.text), self.logprobs, self.finish_reason)

@@ -1,8 +1,11 @@
 """Requests that are being served: prompts of which a part has been read, and rows that decode. One thread's work.
 
-A step of the scheduler is `end_stopped`, `decode`, `read`, `sample`, in this order; between `decode` and `read` new
-requests `begin`. Whatever goes wrong with one request ends that request: a decoder of text that raises, a prompt that
-cannot be read. Only where the pass of all rows fails do all rows end, for their states are lost.
+A step of the scheduler is `end_stopped`, `resume`, `decode`, `read`, `sample`, in this order; between `decode` and
+`read` new requests `begin`. Whatever goes wrong with one request ends that request: a decoder of text that raises, a
+prompt that cannot be read. Only where the pass of all rows fails do all rows end, for their states are lost.
+
+A completion with a guide may pause for a call (a search, say): its row leaves the batch, its states and its place in
+the memory's budget stay, and when the result is there it is read like a prompt.
 """
 
 from __future__ import annotations
@@ -10,12 +13,14 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nanochat.engine import cache
+from nanochat.engine.calls import Calls
 from nanochat.engine.generate import NOT_FINITE, Batch, Engine, Row, prefill
 from nanochat.engine.prefix import Begun, PrefixCache, message_boundaries
 from nanochat.engine.sampling import sample
@@ -36,8 +41,11 @@ class Job:
     ticket: Ticket
     engine: Engine  # makes and advances its rows
     rows: list[Row]
-    begun: Begun | None  # what has been read; None: everything, and the rows decode
+    ids: list[int]  # the prompt; later all tokens up to the latest call, and its result
+    begun: Begun | None  # what has been read of these; None: everything, and the rows decode
     stops: deque[int]  # boundaries that lie ahead
+    n_sampled: int = 0  # tokens of its row that are among `ids`
+    call: Future[None] | None = None  # for which it waits
 
     @property
     def request(self) -> Request:
@@ -46,20 +54,16 @@ class Job:
     @property
     def left(self) -> int:
         """Tokens to read."""
-        return len(self.request.ids) - self.begun.n if self.begun is not None else 0
+        return len(self.ids) - self.begun.n if self.begun is not None else 0
 
     @property
-    def active(self) -> list[Row]:
-        return [row for row in self.rows if row.active]
-
-    @property
-    def longest(self) -> int:
-        """Tokens that a row may come to."""
-        return len(self.request.ids) + self.rows[0].budget - 1
+    def unfinished(self) -> list[Row]:
+        return [row for row in self.rows if not row.finish_reason]
 
 
 class Jobs:
-    """prefill_chunk, prefixes and eos: see `Scheduler`. `ended` is called with each request that has ended, and why."""
+    """prefill_chunk, prefixes and eos: see `Scheduler`. `ended` is called with each request that has ended, and why;
+    `wake`, from any thread, when a call has come back."""
 
     def __init__(
         self,
@@ -69,6 +73,7 @@ class Jobs:
         prefixes: PrefixCache | None,
         eos: Collection[int] | None,
         ended: Callable[[Ticket, str], None],
+        wake: Callable[[], None],
     ) -> None:
         self.model, self.tokenizer, self.eos, self.ended = model, tokenizer, eos, ended
         self.prefill_chunk, self.prefixes = prefill_chunk, prefixes
@@ -79,6 +84,7 @@ class Jobs:
         self._batch: Batch[Row] = Batch(model)
         self._job_of: dict[int, Job] = {}  # by the number of a row that is active
         self._n_rows = 0  # so far
+        self._calls: Calls[Job] = Calls(wake)
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -91,7 +97,13 @@ class Jobs:
     @property
     def longest(self) -> int:
         """Tokens that a row may come to."""
-        return max((job.longest for job in self._jobs), default=0)
+        context = self.model.config.sequence_len
+        return max((job.request.longest(context) for job in self._jobs), default=0)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing can go on before a call comes back."""
+        return not self._calls.come and all(job.call is not None for job in self._jobs)
 
     def engine(self, request: Request) -> Engine:
         """As if it served this request alone; makes and advances its rows."""
@@ -119,7 +131,7 @@ class Jobs:
             if boundaries is None:
                 boundaries = message_boundaries(ids, self.tokenizer, self.prefixes.spacing, begun.n)
         stops = deque(sorted({at for at in boundaries if begun.n < at < len(ids)}))
-        job = Job(ticket, engine, rows, begun, stops)
+        job = Job(ticket, engine, rows, list(ids), begun, stops)
         self._jobs.append(job)
         self._job_of |= dict.fromkeys(numbers, job)
         self._n_rows += request.n
@@ -132,15 +144,21 @@ class Jobs:
         for job in list(self._jobs):
             reason = job.ticket.stopped(now)
             if reason:
-                self._keep_answers(job.active)
+                self._keep_answers(job.unfinished)
                 self._end_job(job, reason)
 
     def end_all(self, reason: str, error: BaseException | None = None) -> None:
         for job in list(self._jobs):
             self._end_job(job, reason, error)
 
+    def close(self) -> None:
+        """Wait for calls that run."""
+        self._calls.close()
+
     def _end_job(self, job: Job, reason: str, error: BaseException | None = None) -> None:
-        for row in job.active:
+        if job.call is not None:
+            job.call.cancel()  # where it has not begun
+        for row in job.unfinished:
             row.finish_reason = reason
             del self._job_of[row.number]
         self._jobs.remove(job)
@@ -156,7 +174,7 @@ class Jobs:
 
     def read(self) -> None:
         """A chunk of prompts. The oldest gets half of it at least, then the shortest come first."""
-        reading = [job for job in self._jobs if job.begun is not None]
+        reading = [job for job in self._jobs if job.begun is not None and job.call is None]
         if not reading:
             return
         oldest, *others = reading
@@ -180,7 +198,7 @@ class Jobs:
         follows the last boundary is then left, to be read together with others."""
         assert job.begun is not None
         at, states = job.begun
-        ids, end = job.request.ids, at + n
+        ids, end = job.ids, at + n
         while at < end and (job.stops or end < len(ids)):
             to = min(end, job.stops[0]) if job.stops else end
             self.model(torch.tensor([list(ids[at:to])], device=self.model.device), states)
@@ -196,22 +214,50 @@ class Jobs:
         if not begun:
             return
         try:
-            states, hidden_BD = prefill(self.model, [job.request.ids for job in jobs], begun=begun)
+            states, hidden_BD = prefill(self.model, [job.ids for job in jobs], begun=begun)
         except Exception as error:
             if len(jobs) == 1:
                 return self._end_job(jobs[0], "error", error)
             for job in jobs:  # states may be used up: each on its own, from the start
-                job.begun = Begun(0, self.model.init_states(1, len(job.request.ids)))
+                job.begun = Begun(0, self.model.init_states(1, len(job.ids)))
                 self._read_ends([job])
             return
         for i, job in enumerate(jobs):
-            self._keep(job.request.ids, cache.row(states, i))
+            if not job.n_sampled:
+                self._keep(job.ids, cache.row(states, i))
             job.begun = None
+            for row in job.rows:
+                row.paused = False
         copies = [i for i, job in enumerate(jobs) for _ in job.rows]
         if len(copies) > len(jobs):
             cache.select(states, copies)
             hidden_BD = hidden_BD[copies]
         self._batch.join([row for job in jobs for row in job.rows], states, hidden_BD)
+
+    # ---- calls
+
+    def _pause(self, job: Job, row: Row, at: int) -> None:
+        """The row, `at` in the batch, leaves it until its call comes back."""
+        assert job.request.guide is not None
+        job.ids += row.ids[job.n_sampled :]
+        job.n_sampled = len(row.ids)
+        job.begun = Begun(len(job.ids) - 1, self._batch.take(at))  # its last token has not been read
+        job.call = self._calls.start(job, job.request.guide)
+        job.ticket.flush()
+
+    def resume(self) -> None:
+        """What calls have brought is to be read now."""
+        for job, ids, reason, error in self._calls.done():
+            if job not in self._jobs:
+                continue
+            job.call = None
+            job.ids += ids
+            job.ticket.result_tokens += len(ids)
+            self.prompt_tokens += len(ids)
+            if error is None and reason:  # no room for more
+                job.ticket.emit(Event(0, job.rows[0].stream.finish(), [], [], reason, []))
+            if reason:
+                self._end_job(job, reason, error)
 
     # ---- decoding
 
@@ -239,17 +285,22 @@ class Jobs:
                 self._break(row, NanochatError(NOT_FINITE))
             else:
                 self._advance(row, *choice)
+            if row.paused:
+                self._pause(self._job_of[row.number], row, i)
         finished = [row for row in rows if row.finish_reason]
         self._keep_answers([row for row in finished if row.finish_reason != "error"])
         for row in finished:
             del self._job_of[row.number]
-        for job in [job for job in self._jobs if not job.active]:
+        for job in [job for job in self._jobs if not job.unfinished]:
             self._end_job(job, job.rows[0].finish_reason)
 
     def _choose(self, requests: Sequence[Request]) -> list[tuple[int, float, Likely]]:
         """For each row its token, the log-probability, and the most likely tokens where they are asked for. Rows with
         the same filters are drawn together."""
         logits_BV = self.model.logits(self._batch.hidden_BD)
+        for i, request in enumerate(requests):
+            if request.guide is not None and request.guide.forbidden:
+                logits_BV[i, list(request.guide.forbidden)] = -torch.inf
         likely = [most_likely(logits_BV[i], request.top_logprobs) for i, request in enumerate(requests)]
         alike: dict[tuple[float, ...], list[int]] = {}
         for i, request in enumerate(requests):
@@ -267,7 +318,13 @@ class Jobs:
         job = self._job_of[row.number]
         try:
             text = job.engine.advance(row, token, logprob)
-        except Exception as error:  # a decoder's
+            if (guide := job.request.guide) is not None:
+                reason = guide.take(token, logprob)
+                if reason and not row.finish_reason:
+                    text += row.stream.finish()
+                row.finish_reason = reason or row.finish_reason
+                row.paused = guide.paused and not row.finish_reason
+        except Exception as error:  # a decoder's, or a guide's
             return self._break(row, error)
         self.completion_tokens += 1
         index = row.number - job.rows[0].number
@@ -299,8 +356,9 @@ class Jobs:
         """The states after prompt and answer: the next turn of the conversation begins with them."""
         at = {row.number: i for i, row in enumerate(self._batch.rows)}
         for row in rows:
-            if row.number in at:  # its last token has not been read
-                ids = [*self._job_of[row.number].request.ids, *row.ids[:-1]]
+            job = self._job_of[row.number]
+            if row.number in at and job.request.guide is None:  # its last token has not been read
+                ids = [*job.ids, *row.ids[:-1]]
                 self._keep(ids, cache.row(self._batch.states, at[row.number]))
 
 

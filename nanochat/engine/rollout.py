@@ -26,7 +26,7 @@ from nanochat.tokenizer import Tokenizer
 
 MAX_CALL_TOKENS = 64
 
-__all__ = ["Call", "Rollout", "Step", "rollouts", "steps"]
+__all__ = ["Call", "Guided", "Rollout", "Step", "rollouts", "steps"]
 
 
 class Rollout(NamedTuple):
@@ -333,6 +333,67 @@ class _Runner:
         room = 3 * (self.context - row.n_tokens) // 4  # the rest is for what comes after
         text = self.tokenizer.decode(said).strip()
         return Request(text, row.of_prompt, tuple(row.calls), min(self.limits.max_result_tokens, room))
+
+
+class Guided:
+    """One rollout whose tokens are sampled elsewhere, beside other requests (`batching.Request.guide`): what it may
+    not say, where it pauses or ends, and its calls. Arguments as those of `steps`."""
+
+    def __init__(
+        self,
+        model: LM,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        tools: Sequence[Tool],
+        max_calls: int = 3,
+        *,
+        eos: Sequence[int] | None = None,
+        until: Callable[[int, int], bool] | None = None,
+        **limits: Any,
+    ) -> None:
+        self._runner = _Runner(model, tokenizer, sampling, tools, Limits(max_calls, **limits), eos, until, None)
+        self._row = self._runner.row(0, 0, prompt, 0)
+
+    @property
+    def max_results(self) -> int:
+        """Tokens that all calls may bring."""
+        return self._runner.limits.max_calls * self._runner.limits.max_result_tokens
+
+    @property
+    def forbidden(self) -> Sequence[int]:
+        """Tokens that may not come next."""
+        runner = self._runner
+        full = runner.limits.at_limit == "forbid" and not self._row.calls_left
+        return list(runner.tools) if full else ()
+
+    @property
+    def paused(self) -> bool:
+        """Whether it waits for `call`."""
+        return self._row.paused
+
+    @property
+    def rollout(self) -> Rollout:
+        """What it became so far."""
+        return self._row.rollout()
+
+    def take(self, token: int, logprob: float) -> str:
+        """A token was sampled. Returns the finish reason, or nothing while it goes on or pauses."""
+        self._row.append([token], True, logprob)
+        self._row.n_sampled += 1
+        self._runner.judge(self._row, token)
+        return self._row.finish_reason
+
+    def call(self) -> list[int]:
+        """The result for which it paused, to be read next. The call may fail and the context be full: the rollout then
+        has a finish reason."""
+        row = self._row
+        (ids,) = self._runner.call([row])
+        row.paused, row.tool = False, None
+        row.append(ids, False)
+        if row.active and row.n_tokens > self._runner.context:
+            row.end("length")
+        return ids
 
 
 class _Answer(NamedTuple):

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from nanochat.engine.sampling import Sampling
 from nanochat.engine.text import Decoder
@@ -21,6 +21,29 @@ class Overloaded(NanochatError):
     def __init__(self, message: str, retry_after: float) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class Guide(Protocol):
+    """Steers one completion, token by token: calls tools, ends it. `rag.multihop_chat.Searching` is one."""
+
+    @property
+    def max_results(self) -> int:
+        """Tokens that all calls may bring."""
+
+    @property
+    def forbidden(self) -> Sequence[int]:
+        """Tokens that may not come next."""
+
+    @property
+    def paused(self) -> bool:
+        """Whether it waits for a call. Asked after `take`."""
+
+    def take(self, token: int, logprob: float) -> str:
+        """A token was sampled, and the decoder has it. Returns why the completion ends, or nothing. May raise."""
+
+    def call(self) -> tuple[list[int], str]:
+        """The call for which it paused: tokens to be read next, and why the completion ends, or nothing. Runs on
+        another thread, and may raise."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +59,12 @@ class Request:
     decoder: Callable[[], Decoder] | None = None  # what turns tokens into text; None: special tokens leave no trace
     eos: Collection[int] | None = None  # tokens that end it; None: the scheduler's
     top_logprobs: int = 0  # how many of the most likely tokens to report at each place
+    guide: Guide | None = None  # of the one completion (n = 1)
+
+    def longest(self, context: int) -> int:
+        """Tokens that a completion may come to; the last one sampled is not read."""
+        results = self.guide.max_results if self.guide is not None else 0
+        return min(len(self.ids) + self.sampling.max_tokens + results - 1, context)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +80,7 @@ class Event:
 
 
 class Usage(NamedTuple):
-    """Tokens. `cached` are those of the prompt that needed no reading."""
+    """Tokens. `prompt` includes what calls brought; `cached` are those of it that needed no reading."""
 
     prompt: int
     cached: int
@@ -71,18 +100,26 @@ class Ticket:
     (`async for`); anyone may cancel it. The iteration ends when all completions have ended.
 
     wake: called when it is cancelled. outbox: where `emit` leaves the consumers that wait on an event loop, for
-    `deliver`; None: they are woken at once.
+    `deliver`; None: they are woken at once. pace: seconds between two times that such a consumer is woken; what comes
+    in between waits for the next, but for the first token and the end.
     """
 
-    def __init__(self, request: Request, wake: Callable[[], None], outbox: list[Waiting] | None = None) -> None:
+    def __init__(
+        self,
+        request: Request,
+        wake: Callable[[], None],
+        outbox: list[Waiting] | None = None,
+        pace: float = 0.0,
+    ) -> None:
         self.request = request
         self.error: BaseException | None = None  # behind the finish reason `error`
-        self.cached_tokens = self.completion_tokens = 0
+        self.cached_tokens = self.completion_tokens = self.result_tokens = 0
         self.arrived = time.perf_counter()
         self.read_at: float | None = None
         self.first_at: float | None = None
         self.ended_at: float | None = None
-        self._wake, self._outbox = wake, outbox
+        self._wake, self._outbox, self._pace = wake, outbox, pace
+        self._due = 0.0  # when the next piece may go out
         self._running = set(range(request.n))
         self._cancelled = False
         self._events: deque[Event] = deque()
@@ -94,7 +131,7 @@ class Ticket:
 
     @property
     def usage(self) -> Usage:
-        return Usage(len(self.request.ids), self.cached_tokens, self.completion_tokens)
+        return Usage(len(self.request.ids) + self.result_tokens, self.cached_tokens, self.completion_tokens)
 
     @property
     def timings(self) -> Timings:
@@ -136,9 +173,10 @@ class Ticket:
         """For asyncio: all events that wait, or the next one; none when all completions have ended."""
         while True:
             with self._changed:
-                if self._events or not self._running:
+                if not self._running or (self._events and time.perf_counter() >= self._due):
                     events = list(self._events)
                     self._events.clear()
+                    self._due = time.perf_counter() + self._pace
                     return events
                 loop = asyncio.get_running_loop()
                 future = loop.create_future()
@@ -165,12 +203,23 @@ class Ticket:
                 if not self._running:
                     self.ended_at = time.perf_counter()
             self._events.append(event)
-            waiter, self._waiter = self._waiter, None
             self._changed.notify_all()
-        if waiter is not None and self._outbox is not None:
+            if self._waiter is None or (self._running and time.perf_counter() < self._due):
+                return
+            waiter, self._waiter = self._waiter, None
+        if self._outbox is not None:
             self._outbox.append(waiter)
-        elif waiter is not None:
+        else:
             deliver([waiter])
+
+    def flush(self) -> None:
+        """What waits goes out now: nothing may come for a while."""
+        with self._changed:
+            self._due = 0.0
+            if self._waiter is None or not self._events:
+                return
+            waiter, self._waiter = self._waiter, None
+        deliver([waiter])
 
     def end(self, reason: str, error: BaseException | None = None) -> None:
         """End every completion that still runs."""

@@ -5,7 +5,8 @@
     print(answer)             # The founder of Torwick was born in Brimholt. [3]     [3] Mara Velt (people.jsonl)
     [hop.query for hop in answer.hops]
 
-The same loop as in training and evaluation (`engine.rollout`), with one row.
+The same loop as in training and evaluation (`engine.rollout`), with one row; or, on a server, beside other requests
+(`MultiHopChat.prepare`, `engine.batching`).
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from typing import Any
 from nanochat.data.answers import ABSTENTION
 from nanochat.engine.generate import Completion
 from nanochat.engine.prefix import PrefixCache
-from nanochat.engine.rollout import MAX_CALL_TOKENS, Rollout, Step, steps
-from nanochat.engine.sampling import make_sampling
+from nanochat.engine.rollout import MAX_CALL_TOKENS, Guided, Rollout, Step, steps
+from nanochat.engine.sampling import Sampling, make_sampling
 from nanochat.engine.text import TextStream
 from nanochat.errors import NanochatError, UsageError
 from nanochat.model.lm import LM
@@ -122,23 +123,33 @@ class MultiHopChat:
     ) -> Generator[str, None, SearchedAnswer]:
         """As `chat`, piece by piece: what the model says beside its queries. The generator returns the answer."""
         began = time.perf_counter()
-        shown, chosen = self.shown(messages), make_sampling({"temperature": 0.0, **sampling})
-        question = message_text(shown[-1])
-        visible = _Visible(self.tokenizer, chosen.stop, chosen.max_tokens)
-        longest = chosen.max_tokens + self.max_hops * (MAX_CALL_TOKENS + 2)
+        ids, question, chosen, visible = self._begin(messages, sampling)
         running = steps(
-            self.model, self.tokenizer, [self.tokenizer.render_prompt({"messages": shown}, self.room).ids],
-            replace(chosen, max_tokens=longest, stop=()), 1, [self.tool(question)], self.max_hops,
+            self.model, self.tokenizer, [ids], chosen, 1, [self.tool(question)], self.max_hops,
             at_limit="forbid", until=visible.push, prefix_cache=self.cache if self.cache.max_bytes else None,
         )  # fmt: skip
         for step in chain.from_iterable(running):
             visible.read(step)
             if piece := visible.released():
                 yield piece
+        assert step.finished is not None
         return self._finish(step.finished, question, visible, began)
 
-    def _finish(self, rollout: Rollout | None, question: str, visible: _Visible, began: float) -> SearchedAnswer:
-        assert rollout is not None  # of the last step
+    def prepare(self, messages: str | Sequence[Mapping[str, Any]], **sampling: Any) -> Searching:
+        """As `stream_chat`, for a scheduler to write: arguments and errors are the same."""
+        return Searching(self, *self._begin(messages, sampling))
+
+    def _begin(
+        self, messages: str | Sequence[Mapping[str, Any]], sampling: Mapping[str, Any]
+    ) -> tuple[list[int], str, Sampling, _Visible]:
+        """The prompt, the question, how to sample queries and answer, and what will be seen of them."""
+        shown, chosen = self.shown(messages), make_sampling({"temperature": 0.0, **sampling})
+        ids = self.tokenizer.render_prompt({"messages": shown}, self.room).ids
+        visible = _Visible(self.tokenizer, chosen.stop, chosen.max_tokens)
+        longest = chosen.max_tokens + self.max_hops * (MAX_CALL_TOKENS + 2)
+        return ids, message_text(shown[-1]), replace(chosen, max_tokens=longest, stop=()), visible
+
+    def _finish(self, rollout: Rollout, question: str, visible: _Visible, began: float) -> SearchedAnswer:
         if rollout.error:
             raise NanochatError(rollout.error)
         hops, documents = hops_of(rollout.calls), documents_of(rollout.calls)
@@ -155,6 +166,70 @@ class MultiHopChat:
         )  # fmt: skip
 
 
+class Searching:
+    """An answer with searches, on its way through a scheduler:
+    `Request(s.ids, s.sampling, guide=s, decoder=s.decoder)`. Its text is what the model says beside its queries."""
+
+    def __init__(
+        self, chat: MultiHopChat, ids: list[int], question: str, sampling: Sampling, visible: _Visible
+    ) -> None:
+        self.chat, self.ids, self.question, self.sampling, self._visible = chat, ids, question, sampling, visible
+        self._began = time.perf_counter()
+        self._guided = Guided(
+            chat.model, chat.tokenizer, ids, sampling, [chat.tool(question)], chat.max_hops,
+            at_limit="forbid", until=lambda row, token: visible.ended,
+        )  # fmt: skip
+
+    @property
+    def max_results(self) -> int:
+        return self._guided.max_results
+
+    @property
+    def forbidden(self) -> Sequence[int]:
+        return self._guided.forbidden
+
+    @property
+    def paused(self) -> bool:
+        return self._guided.paused
+
+    def decoder(self) -> _Shown:
+        """What turns tokens into text. It holds what was said: one request only."""
+        return _Shown(self._visible)
+
+    def take(self, token: int, logprob: float) -> str:
+        return self._ended(self._guided.take(token, logprob))
+
+    def call(self) -> tuple[list[int], str]:
+        ids = self._guided.call()
+        self._visible.read(Step(0, ids, False))
+        return ids, self._ended(self._guided.rollout.finish_reason)
+
+    def finish(self) -> SearchedAnswer:
+        """The answer, after the last event. Raises NanochatError for one that failed."""
+        return self.chat._finish(self._guided.rollout, self.question, self._visible, self._began)
+
+    def _ended(self, reason: str) -> str:
+        """Why it ended, as of a completion: one call too many is an end like another."""
+        if reason == "error":
+            raise NanochatError(self._guided.rollout.error)
+        return "stop" if reason == "calls" else "length" if reason and self._visible.full else reason
+
+
+class _Shown:
+    """A decoder for `Engine`: what is visible."""
+
+    def __init__(self, visible: _Visible) -> None:
+        self.visible = visible
+
+    def feed(self, ids: int) -> str:
+        self.visible.push(0, ids)
+        return self.visible.released()
+
+    def flush(self) -> str:
+        self.visible.finish()
+        return self.visible.released()
+
+
 class _Visible:
     """The text of a rollout: what the model says outside of its calls, or the abstention where it would rest on a
     document that was not found (`multihop.believed`)."""
@@ -166,6 +241,11 @@ class _Visible:
         self.inside = self.unfounded = False
         self.said = self.held = ""
         self.room = max_tokens
+
+    @property
+    def ended(self) -> bool:
+        """Whether no more is to be said."""
+        return self.text.stopped or self.full or self.unfounded
 
     @property
     def full(self) -> bool:
@@ -183,15 +263,20 @@ class _Visible:
             self.room -= 1
             if self.decoder.adrift and self.decoder.begun:
                 self.unfounded, self.held = True, ABSTENTION
-                return True
-            self.held += piece
-        return self.text.stopped or self.full
+            else:
+                self.held += piece
+        return self.ended
 
     def read(self, step: Step) -> None:
         """What else a step brings: documents that may be cited from now on, or the end."""
         if not step.sampled:
             self.decoder.headings += headings_in(step.ids, self.decoder.tokenizer)
-        if step.finished is not None and not self.unfounded:
+        if step.finished is not None:
+            self.finish()
+
+    def finish(self) -> None:
+        """What is still held back is said."""
+        if not self.unfounded:
             self.held += self.text.finish()
 
     def released(self) -> str:

@@ -17,7 +17,7 @@ from nanochat.engine.generate import Completion
 from nanochat.engine.prefix import PrefixCache
 from nanochat.engine.sampling import Sampling
 from nanochat.rag.grounded import NOTHING_FOUND, Asked, GroundedAnswer, GroundedChat, left_out
-from nanochat.rag.multihop_chat import MultiHopChat
+from nanochat.rag.multihop_chat import MultiHopChat, Searching
 from nanochat.retrieval.document import Document
 from nanochat.serving import answers
 from nanochat.serving.answers import Choice
@@ -25,7 +25,6 @@ from nanochat.serving.errors import ApiError, from_exception
 from nanochat.serving.knowledge import citation
 from nanochat.serving.models import Served, Service, client_of, service_of
 from nanochat.serving.schema import ChatRequest, Retrieval
-from nanochat.serving.searching import Search
 from nanochat.serving.streams import DONE, EventStream, Frames, events, frame, unless_left
 from nanochat.serving.strict import StrictRoute
 
@@ -44,7 +43,7 @@ class Turn:
     sampling: Sampling
     grounded: GroundedChat | None = None
     asked: Asked | None = None
-    search: Search | None = None
+    search: Searching | None = None
     drafts: Sequence[Ticket] = ()  # what came before the answer, see `rag.grounded`
     dropped_turns: int = 0
     truncated_tokens: int = 0
@@ -61,6 +60,10 @@ class Turn:
         return Completion([], NOTHING_FOUND, [], "stop") if self.asked.nothing_found else self.asked.settled
 
     def request(self, client: str, seconds: float) -> batching.Request:
+        if (search := self.search) is not None:
+            return batching.Request(
+                search.ids, search.sampling, 1, client, seconds, decoder=search.decoder, guide=search
+            )
         decoder = self.grounded.decoder(self.asked) if self.grounded and self.asked else None
         return batching.Request(
             self.ids, self.sampling, self.n, client, seconds,
@@ -76,8 +79,8 @@ class Turn:
 
     def ground(self, choices: Sequence[Choice]) -> dict[str, Any]:
         """What the answers rest on."""
-        if self.search is not None and self.search.answer is not None:
-            answer = self.search.answer
+        if self.search is not None:
+            answer = self.search.finish()
             trace = [{"query": hop.query, "documents": _numbered(hop.documents, hop.first)} for hop in answer.hops]
             return _rests_on([answer], _numbered(answer.documents)) | {"trace": trace}
         if self.grounded is None or self.asked is None:
@@ -107,8 +110,6 @@ async def create(request: Request, body: ChatRequest, service: Annotated[Service
             return Response(status_code=LEFT)
     if turn.settled is not None:
         tickets: list[Ticket] = []
-    elif turn.search is not None:
-        tickets = [service.searches.submit(turn.search)]
     else:
         made = turn.request(client_of(request), service.settings.max_seconds)
         tickets = await service.run(answers.submit, served, [made])
@@ -161,7 +162,7 @@ def _laid_out(served: Served, body: ChatRequest, sampling: Sampling, service: Se
         return turn
     if body.retrieval.multi_hop:
         search = _searching(served, body, body.retrieval, sampling, service)
-        turn, shown = Turn(served, body, [], sampling, search=search), search.chat.shown(conversation)
+        turn, shown = Turn(served, body, search.ids, sampling, search=search), search.chat.shown(conversation)
     else:
         grounded = _grounded(served, body.retrieval, service)
         asked = grounded.prepare(conversation, **asdict(sampling))
@@ -257,7 +258,7 @@ def _grounded(served: Served, wanted: Retrieval, service: Service) -> GroundedCh
 
 def _searching(
     served: Served, body: ChatRequest, wanted: Retrieval, sampling: Sampling, service: Service
-) -> Search:
+) -> Searching:
     """The model that searches by itself. Raises ApiError for one that was not trained to, and for what such an answer
     cannot have."""
     if not served.can_search:
@@ -265,10 +266,9 @@ def _searching(
     if (body.n or 1) > 1 or body.logprobs:
         raise ApiError(400, "an answer with multi_hop comes alone, without logprobs", param="retrieval.multi_hop")
     searcher = service.shelf.searcher(wanted.knowledge_base, wanted.mode)
-    cache = PrefixCache(0) if served.scheduler.prefixes is None else served.scheduler.prefixes
-    top_k = wanted.top_k or HOP_K
-    chat = MultiHopChat(served.chat.model, served.chat.tokenizer, searcher, top_k=top_k, cache=cache)
-    return Search(chat, body.conversation(), sampling, service.settings.max_seconds)
+    top_k = wanted.top_k or HOP_K  # the scheduler keeps the states of conversations
+    chat = MultiHopChat(served.chat.model, served.chat.tokenizer, searcher, top_k=top_k, cache=PrefixCache(0))
+    return chat.prepare(body.conversation(), **asdict(sampling))
 
 
 def _numbered(documents: Sequence[Document], first: int = 1) -> list[dict[str, Any]]:

@@ -19,7 +19,6 @@ from nanochat.retrieval.document import Embedder
 from nanochat.serving.errors import ApiError
 from nanochat.serving.knowledge import Shelf
 from nanochat.serving.metrics import Metrics
-from nanochat.serving.searching import Searches
 from nanochat.serving.settings import ServeSettings
 from nanochat.serving.uploads import Uploads
 
@@ -40,6 +39,7 @@ class Served:
             memory_bytes=settings.memory_mb << 20 or None,
             prefill_chunk=settings.prefill_chunk,
             prefix_cache=PrefixCache(settings.prefix_cache_mb << 20) if settings.prefix_cache_mb else None,
+            pace=settings.pace_ms / 1000,
         )
 
     @property
@@ -78,7 +78,6 @@ class Service:
             lambda: {name: asdict(served.scheduler.stats()) for name, served in self.models.items()}
         )
         self.uploads = Uploads(self.shelf, int(settings.max_upload_mb * (1 << 20)), self.metrics.uploads)
-        self.searches = Searches()
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="serve")
 
     def start(self) -> None:
@@ -88,7 +87,6 @@ class Service:
     def close(self) -> None:
         for served in self.models.values():
             served.scheduler.close()
-        self.searches.close()
         self.uploads.close()
         self._threads.shutdown(cancel_futures=True)
         self.shelf.close()

@@ -56,6 +56,8 @@ class ServeSettings:
     """memory for the states of conversations and documents that were read already, for each model"""
     prefill_chunk: int = 256
     """tokens of a long prompt that are read between two steps of the others"""
+    pace_ms: float = 30.0
+    """milliseconds between two pieces of a streamed answer, at least; 0: every token on its own"""
     rate_limit: int | None = None
     """requests a minute of one key, or of one address where there are no keys; 0: no limit (default: 300 with keys)"""
     max_n: int = 8
@@ -84,7 +86,7 @@ class ServeSettings:
         for name in ("max_rows", "max_queue", "max_n", "prefill_chunk", "max_body_mb", "max_upload_mb", "max_seconds"):
             if getattr(self, name) <= 0:
                 raise UsageError(f"--{name} {getattr(self, name)}: expected more than 0")
-        for name in ("memory_mb", "prefix_cache_mb", "idle_seconds", "drain_seconds", "rate_limit"):
+        for name in ("memory_mb", "prefix_cache_mb", "idle_seconds", "drain_seconds", "rate_limit", "pace_ms"):
             if (getattr(self, name) or 0) < 0:
                 raise UsageError(f"--{name} {getattr(self, name)}: expected at least 0")
         if not 0 <= self.port < 65536:

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
 import torch
 from tiny_server import DOCUMENTS, slowed, tiny_model
 
 from nanochat.data.answers import ABSTENTION
-from nanochat.engine.generate import Completion
-from nanochat.engine.rollout import Rollout
-from nanochat.rag.citations import parse
-from nanochat.rag.multihop import Hop
-from nanochat.rag.multihop_chat import SearchedAnswer
 
 CHAT = "/v1/chat/completions"
 WHO = [{"role": "user", "content": "Who founded Torwick?"}]
@@ -158,73 +152,3 @@ def test_deadlines(start, monkeypatch):
         answer = ask(client, max_tokens=200)
         assert answer["choices"][0]["finish_reason"] == "length"
         assert 0 < answer["usage"]["completion_tokens"] < 20
-
-
-# ---- searches
-
-
-@pytest.fixture(scope="module")
-def searching(start):
-    return start({"tiny-refrag": tiny_model("refrag", context=512)})
-
-
-def test_a_model_that_searches(searching):
-    with searching.client() as client:
-        assert client.get("/v1/models").json()["data"][0]["multi_hop"]
-        answer = ask(client, model="tiny-refrag", **retrieval(multi_hop=True))
-        assert answer["choices"][0]["finish_reason"] in ("length", "stop")
-        assert answer["usage"]["prompt_tokens"] > 20
-        assert answer["usage"]["completion_tokens"] > 0
-        assert len(answer["grounding"]) == 1
-        for wrong in ({"n": 2}, {"logprobs": True}):
-            body = {"messages": WHO, **wrong, **retrieval(multi_hop=True)}
-            assert client.post(CHAT, json=body).status_code == 400
-
-
-def test_the_trace_of_searches(searching, monkeypatch):
-    """Hops and documents as `MultiHopChat` gives them."""
-    tokenizer = searching.service.models["tiny-refrag"].chat.tokenizer
-    said = tokenizer.encode("In 1203.")
-    ids = [tokenizer.special("cite_start"), *tokenizer.encode("2"), tokenizer.special("cite_end"), *said]
-
-    def stream_chat(self, messages, **sampling):
-        assert messages == WHO
-        yield "In 1203."
-        hops = tuple(Hop(f"query {n}", (), (d,), n) for n, d in enumerate(DOCUMENTS, 1))
-        rollout = Rollout([1, 2], [3, 4, *ids], [True] * 9, [0.0] * 9, (), "stop")
-        return SearchedAnswer(
-            "In 1203. [2]", parse(ids, tokenizer, [" a1", " b2"]), tuple(DOCUMENTS), (), "query 2", 0.1,
-            Completion(ids, "In 1203. [2]", [0.0] * len(ids), "stop"), hops, rollout,
-        )  # fmt: skip
-
-    monkeypatch.setattr("nanochat.serving.chat.MultiHopChat.stream_chat", stream_chat)
-    with searching.client() as client:
-        last = streamed(client, model="tiny-refrag", **retrieval(multi_hop=True))[-1]
-    assert [(hop["query"], [d["n"] for d in hop["documents"]]) for hop in last["trace"]] == [
-        ("query 1", [1]), ("query 2", [2]),
-    ]  # fmt: skip
-    assert [(d["n"], d["id"]) for d in last["citations"]] == [(2, "orvane")]
-
-
-def test_searches_can_be_cancelled_and_wait_in_line(searching, monkeypatch):
-    def endless(self, messages, **sampling):
-        while True:
-            time.sleep(0.01)
-            yield "x"
-
-    monkeypatch.setattr("nanochat.serving.chat.MultiHopChat.stream_chat", endless)
-    body = {"messages": WHO, "stream": True, **retrieval(multi_hop=True)}
-    searches = searching.service.searches
-    with searching.client() as client, client.stream("POST", CHAT, json=body) as response:
-        lines = response.iter_lines()
-        assert next(lines).startswith("data:")
-        assert len(searches._running) == 1
-    deadline = time.monotonic() + 10
-    while searches._running and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not searches._running
-    monkeypatch.setattr("nanochat.serving.searching.MAX_WAITING", 0)
-    with searching.client() as client:
-        refused = client.post(CHAT, json={**body, "stream": False})
-        assert refused.status_code == 429
-        assert int(refused.headers["retry-after"]) > 0

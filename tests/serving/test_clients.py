@@ -153,7 +153,7 @@ try:
     litellm.completion(**{**options, "model": "openai/none"})
 except litellm.NotFoundError as error:
     print("not found")
-print(len(pieces) > 3)
+print(len(pieces) > 1)
 """
 
 

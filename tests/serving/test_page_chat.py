@@ -26,6 +26,29 @@ def test_an_answer_streams_in_and_is_rendered(visit, site):
     assert "of 2,048 tokens of context used" in page.inner_text("#hint")
 
 
+def test_formulas_are_typeset(visit, site):
+    """The browser lays them out: powers are raised, fractions stacked, and a long formula scrolls by itself."""
+    long = "+".join(f"x_{{{n}}}^2" for n in range(18))
+    formula = rf"So $e^2$, and: $$\frac{{a}}{{b}}$$ Costs \$5. \[{long}\]"
+    site.script.answers["formula"] = TOKENIZER.encode(formula)
+    guest = visit(viewport={"width": 390, "height": 844})
+    guest.ask("formula")
+    content = guest.page.locator("#messages .message.last .content")
+    assert "Costs $5." in content.inner_text()
+    assert "frac" not in content.inner_text()
+    power, fraction, wide = (content.locator("math").nth(i) for i in range(3))
+    base, exponent = power.locator("mi").bounding_box(), power.locator("mn").bounding_box()
+    assert exponent["y"] < base["y"]
+    assert exponent["height"] < base["height"]
+    over, under = (fraction.locator("mi").nth(i).bounding_box() for i in range(2))
+    assert over["y"] + over["height"] <= under["y"]
+    assert fraction.bounding_box()["width"] > 100  # a block of its own, in the middle
+    assert abs(over["x"] + over["width"] / 2 - 195) < 40
+    assert guest.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    scrolls = "e.scrollWidth > e.clientWidth"
+    assert wide.evaluate(f"e => {scrolls} || (e = e.parentElement, {scrolls})")
+
+
 def test_code_and_answers_are_copied(visit):
     guest = visit(permissions=["clipboard-read", "clipboard-write"])
     guest.ask("Show me markdown")
