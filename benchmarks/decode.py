@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import report, run_peer, time_best
+from nanochat import runtime
 from nanochat.data.corpus import open_corpus
 from nanochat.engine import cache
 from nanochat.engine.generate import Engine, prefill
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--text", default="world:seed=0,known=200", help="corpus for --loss_of, as in base_train")
     parser.add_argument("--peer", help="checkout of karpathy/nanochat to measure in the same run")
     args = parser.parse_args()
+    runtime.setup("cpu", inference=True)
     rows: list[dict[str, Any]] = []
     ratios: dict[str, float] = {}
     bandwidth = read_bandwidth()

@@ -1,14 +1,19 @@
 """Training speed: tokens/s, GFLOP/s and the share of this machine's measured matmul peak, beside karpathy/nanochat.
 
-    python -m benchmarks.train [--shape small|quickstart|d12] [--patterns transformer mamba mamba2 hybrid]
+    python -m benchmarks.train [--shape small|quickstart|quickstart_rag|d12]
+                               [--patterns transformer mamba mamba2 hybrid]
                                [--dtypes float32 bfloat16] [--compile] [--device cpu|cuda] [--peer CHECKOUT]
 
 Shape "small" is 4 blocks 256 wide, vocabulary 32768, rows of 512 tokens, 8 rows a step; "d12" (for a GPU) is 12 blocks
-768 wide, 16 rows of 2048. A step is forward, backward and both optimizers; the fastest of --steps counts (what else
-runs on the machine can only add time). bfloat16 is measured where the device multiplies it natively. MFU is the share
-of a H100's or H200's 989 TFLOP/s in bfloat16, by the same count of FLOPs for both. Ratios:
+768 wide, 16 rows of 2048. "quickstart" and "quickstart_rag" are the quickstart's stages on a CPU: 4 blocks 128 wide,
+vocabulary 2048, 8 rows of 256 tokens packed from documents of about 50, or one row of 1024 from documents of 350. A
+step is forward, backward and both optimizers, in the surroundings that a run has (`runtime.setup`); the peer's is what
+its own script runs. The fastest of --steps counts (what else runs on the machine can only add time). bfloat16 is
+measured where the device multiplies it natively. MFU is the share of a H100's or H200's 989 TFLOP/s in bfloat16, by the
+same count of FLOPs for both. Ratios:
 
-    share_of_peak_<dtype>        GFLOP/s of the transformer over the measured peak of torch.mm in that dtype
+    share_of_peak_<dtype>        GFLOP/s of the transformer over the measured peak of torch.mm in that dtype; on a CPU
+                                 in fp32 that is the product as a run multiplies (oneDNN where it is the faster)
     <dtype>_vs_nanochat          tokens/s of the transformer over nanochat's compiled step, at equal FLOPs a token
 """
 
@@ -21,6 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import report, run_peer, time_best
+from nanochat import runtime
 from nanochat.model.config import ModelConfig
 from nanochat.model.lm import LM
 from nanochat.runtime import cpu_has_bf16, peak_memory_bytes
@@ -28,9 +34,11 @@ from nanochat.training.optim import Optimizers, Rates
 
 SHAPES = {  # depth, width, vocabulary, T, rows
     "small": (4, 256, 32768, 512, 8),
-    "quickstart": (4, 128, 1024, 256, 8),
+    "quickstart": (4, 128, 2048, 256, 8),
+    "quickstart_rag": (4, 128, 2048, 1024, 1),
     "d12": (12, 768, 32768, 2048, 16),
 }
+DOCUMENT = {"quickstart": 50, "quickstart_rag": 350}  # tokens of a packed document; elsewhere it fills its row
 HOPPER = 989e12  # FLOP/s, bfloat16, dense
 PATTERNS = ("transformer", "mamba", "mamba2", "hybrid")
 
@@ -45,6 +53,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--peer", help="checkout of karpathy/nanochat to measure in the same run")
     args = parser.parse_args()
+    runtime.setup(args.device)
     torch.set_default_device(args.device)
     dtypes = args.dtypes or ["float32"] + (["bfloat16"] if args.device == "cuda" or cpu_has_bf16() else [])
     rows: list[dict[str, Any]] = []
@@ -102,7 +111,7 @@ def measure(pattern: str, shape: str, dtype: str, steps: int, compiled: bool, pe
     optimizers = Optimizers(model, Rates())
     ids = torch.randint(0, vocab, (n_rows, T + 1))
     inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-    weights, segments = torch.ones(n_rows, T), torch.zeros(n_rows, T, dtype=torch.int32)
+    weights, segments = torch.ones(n_rows, T), documents(n_rows, T, DOCUMENT.get(shape, T))
     loss_of = torch.compile(model.loss, dynamic=False) if compiled else model.loss
     times = []
     for _ in range(steps + 2):
@@ -120,6 +129,15 @@ def measure(pattern: str, shape: str, dtype: str, steps: int, compiled: bool, pe
         "MFLOP/token": flops / 1e6, "GFLOP/s": rate * flops / 1e9, "share_of_peak": rate * flops / peak,
         "peak_MB": peak_memory_bytes(device) / 1e6, **mfu(rate * flops, dtype),
     }  # fmt: skip
+
+
+def documents(n_rows: int, T: int, mean: int) -> torch.Tensor:
+    """(rows, T): which document of its row each token belongs to; with `mean` below T of mean / 2 to 3 mean / 2."""
+    if mean >= T:
+        return torch.zeros(n_rows, T, dtype=torch.int32)
+    lengths = torch.randint(mean // 2, mean * 3 // 2, (n_rows, 2 * T // mean + 1), device="cpu")
+    numbers = [torch.arange(len(row)).repeat_interleave(row)[:T] for row in lengths]
+    return torch.stack(numbers).to(torch.get_default_device(), torch.int32)
 
 
 def mfu(achieved: float, dtype: str) -> dict[str, float]:

@@ -7,6 +7,7 @@ and why. Nothing here knows about models, data or files other than `out_root`.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import logging
 import os
@@ -80,6 +81,8 @@ def setup(
     reason = f"device {chosen} ({device_reason}), dtype {str(chosen_dtype)[6:]} ({dtype_reason})"
     _set_threads(threads)
     _set_matmul_precision(chosen)
+    if chosen.type == "cpu":
+        _keep_freed_memory()
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if world_size > 1 and not dist.is_initialized():
@@ -187,6 +190,22 @@ def _set_threads(threads: int) -> None:
         threads = max(1, n_cores() // n_local)
     if threads:
         torch.set_num_threads(threads)
+
+
+@functools.cache
+def _keep_freed_memory() -> bool:
+    """Tell glibc to keep what is freed, up to 1 GB, for the next allocation; whether it was told.
+
+    By default a freed tensor of some megabytes goes back to the system, and the next one costs a page fault for every
+    4 KB of it: 7,200 faults and a tenth of the time in a training step of the quickstart's model. Tensors from 128 MB
+    on still go back.
+    """
+    if not sys.platform.startswith("linux") or platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    trim_threshold, mmap_threshold = -1, -3  # the parameters' numbers in malloc.h
+    kept = mallopt(mmap_threshold, 128 << 20) or mallopt(mmap_threshold, 32 << 20)  # the most that older ones take
+    return bool(kept and mallopt(trim_threshold, 1 << 30))
 
 
 def n_cores() -> int:

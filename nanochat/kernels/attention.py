@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nanochat.kernels import flash
+from nanochat.kernels import attention_products, flash
 from nanochat.kernels.dispatch import choose
 from nanochat.kernels.segments import document_starts
 
@@ -183,6 +183,8 @@ def _causal(q_BTHP: Tensor, k_BTGP: Tensor, v_BTGP: Tensor, window: int, scale: 
     """Queries and keys of the same positions: no mask, or blocks of `window` queries against twice as many keys."""
     n_batch, n_time, n_head, n_width = q_BTHP.shape
     if not 0 < window < n_time:
+        if attention_products.fits(q_BTHP, k_BTGP):
+            return attention_products.causal(q_BTHP, k_BTGP, v_BTGP, scale)
         return _sdpa(q_BTHP, k_BTGP, v_BTGP, scale, is_causal=True)
     if n_time < 3 * window or window < WINDOW_MIN:
         return _masked(q_BTHP, k_BTGP, v_BTGP, None, window, None, None, scale)

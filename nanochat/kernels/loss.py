@@ -7,6 +7,7 @@ The gradients are computed while a chunk's logits are at hand, so that the produ
 three matmuls a chunk, and a handful of passes over a buffer that stays in cache.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from nanochat.kernels.dispatch import choose
 
 IGNORE = -1
 # logits of one chunk: small enough for a CPU's cache, but with fewer than CHUNK_ROWS rows the matmuls starve
-CHUNK_BYTES, CHUNK_ROWS, CHUNK_BYTES_MAX = 8 << 20, 256, 64 << 20
+CHUNK_BYTES, CHUNK_ROWS, CHUNK_BYTES_MAX = 8 << 20, 512, 64 << 20
 COLUMNS = 4096  # of the vocabulary, that one CPU matmul takes at a time
+BOUNDED = 20.0  # softcap up to which e^(2 * softcap), summed over any vocabulary, fits float32 and bf16 by far
 BLOCK_BYTES = 8 << 20  # rows of logits that the passes between the matmuls take at a time: stays in cache
 
 
@@ -65,7 +67,7 @@ def linear_nll(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap:
     rows_M = torch.nonzero(targets_N != IGNORE)[:, 0]
     for rows in rows_M.split(_chunk_rows(weight_VD.shape[0], 4)):
         logits_MV = (hidden_ND[rows] * (2 / softcap if softcap else 1.0)) @ weight_VD.t()
-        out_N[rows] = _logits_to_gradient(logits_MV, targets_N[rows, None], softcap, gradient=False)[:, 0]
+        out_N[rows] = _logits_to_gradient(logits_MV, targets_N[rows, None], softcap, gradient=False)[0][:, 0]
     return out_N
 
 
@@ -122,9 +124,10 @@ class _ChunkedLoss(torch.autograd.Function):
             scaled_MD = hidden_MD * gain_in if softcap else hidden_MD
             for cols in columns:
                 torch.mm(scaled_MD, cast_VD[cols].t(), out=logits_MV[:, cols])
-            nll_M1 = _logits_to_gradient(logits_MV, targets_N[part, None], softcap, need_hidden or need_weight)
+            need = need_hidden or need_weight
+            nll_M1, factors_M1 = _logits_to_gradient(logits_MV, targets_N[part, None], softcap, need)
             total += (nll_M1 * weights_M1).sum()
-            rows_M1 = weights_M1 * gain_out
+            rows_M1 = weights_M1 * gain_out if factors_M1 is None else weights_M1 * gain_out * factors_M1
             scaled_MD = (hidden_MD * rows_M1).to(hidden_MD.dtype)
             for cols in columns:
                 if dweight_VD is not None:
@@ -146,39 +149,55 @@ class _ChunkedLoss(torch.autograd.Function):
         return dhidden_ND, dweight_VD, None, None, None, None, None
 
 
-def _logits_to_gradient(logits_MV: Tensor, targets_M1: Tensor, softcap: float, gradient: bool) -> Tensor:
-    """Losses (M, 1); with `gradient`, overwrite the logits with d loss / d logits, a few cached rows at a time.
+def _logits_to_gradient(
+    logits_MV: Tensor, targets_M1: Tensor, softcap: float, gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Losses (M, 1); with `gradient`, overwrite the logits with d loss / d logits, a few cached rows at a time, and
+    return the factors of the rows (M, 1) that they still lack (None: none).
 
     With a softcap, `logits` come multiplied by 2 / softcap, and the factor 4 of their gradient is left to the caller:
     softcap * tanh(x / softcap) is 2 * softcap * s minus a constant that the softmax ignores, s = sigmoid(2x / softcap);
-    sigmoid is vectorised where tanh is three times slower. Its derivative is 4 s (1 - s).
+    sigmoid is vectorised where tanh is ten times slower. Its derivative is 4 s (1 - s).
     """
     n_row, n_vocab = logits_MV.shape
     wide = _wide(logits_MV.dtype)
     n_block = max(1, BLOCK_BYTES // (n_vocab * 4))
+    bounded = 0 < softcap <= BOUNDED and logits_MV.dtype != torch.float16
     buffer = logits_MV.new_empty(min(n_block, n_row), n_vocab, dtype=wide)
-    losses = []
+    narrow = torch.empty_like(buffer) if softcap and logits_MV.dtype != wide else buffer
+    losses, factors = [], []
     for start in range(0, n_row, n_block):
         logits, targets = logits_MV[start : start + n_block], targets_M1[start : start + n_block]
         block = buffer[: logits.shape[0]]
         if softcap:
-            squashed = logits.sigmoid_() if logits.dtype == wide else logits.to(wide).sigmoid_()
-            torch.mul(squashed, 2 * softcap, out=block)
+            squashed = logits if logits.dtype == wide else narrow[: logits.shape[0]].copy_(logits)
+            squashed.sigmoid_()
+            torch.mul(squashed, 2 * softcap / (math.log(2) if bounded else 1.0), out=block)
         elif logits.dtype == wide:
             block = logits
         else:
             block.copy_(logits)
-        top, target = block.amax(-1, keepdim=True), block.gather(1, targets)
-        probs = torch.softmax(block, -1, out=block)
-        # the largest probability is at least 1 / V, so this holds where the target's own has underflowed
-        losses.append(top - target - probs.amax(-1, keepdim=True).log_())
+        target = block.gather(1, targets)
+        if bounded:  # no largest logit to take away first, and the sum goes into the factors
+            torch.exp2(block, out=block)
+            sums = block.sum(-1, keepdim=True)
+            losses.append(sums.log2().sub_(target).mul_(math.log(2)))
+            factors.append(sums.reciprocal())
+        else:
+            top = block.amax(-1, keepdim=True)
+            torch.softmax(block, -1, out=block)
+            # the largest probability is at least 1 / V, so this holds where the target's own has underflowed
+            losses.append(top - target - block.amax(-1, keepdim=True).log_())
+            sums = block.new_ones(()).expand_as(targets)
         if gradient:
-            probs.scatter_add_(1, targets, probs.new_full((), -1.0).expand_as(targets))
+            block.scatter_add_(1, targets, -sums)
             if softcap:
-                torch.ops.aten.sigmoid_backward.grad_input(probs, squashed, grad_input=probs)
-            if probs is not logits:
-                logits.copy_(probs)
-    return torch.cat(losses) if losses else logits_MV.new_zeros(0, 1, dtype=wide)  # every target ignored
+                torch.ops.aten.sigmoid_backward.grad_input(block, squashed, grad_input=block)
+            if block is not logits:
+                logits.copy_(block)
+    if not losses:  # every target ignored
+        return logits_MV.new_zeros(0, 1, dtype=wide), None
+    return torch.cat(losses), torch.cat(factors) if bounded else None
 
 
 def accumulate(total_VD: Tensor, gradient_MV: Tensor, hidden_MD: Tensor, first: bool) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nanochat.errors import UsageError
 from nanochat.kernels.attention import attention
@@ -116,6 +118,34 @@ class CarriedKeys(State):
         return torch.cat((before, document_BT), 1)
 
 
+class _Move(torch.autograd.Function):
+    """Keys (B, T, G, P), what lies behind their first R coordinates one token later; zeros where `first_BT`."""
+
+    @staticmethod
+    def forward(ctx: Any, k: Tensor, first_BT: Tensor | None, R: int) -> Tensor:
+        out = torch.empty_like(k, memory_format=torch.contiguous_format)
+        out[..., :R] = k[..., :R]
+        out[:, :1, :, R:] = 0
+        out[:, 1:, :, R:] = k[:, :-1, :, R:]
+        if first_BT is not None:
+            out[..., R:].masked_fill_(first_BT[:, :, None, None], 0)
+        ctx.save_for_backward(first_BT)
+        ctx.R = R
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (first_BT,), R = ctx.saved_tensors, ctx.R
+        out = torch.empty_like(grad, memory_format=torch.contiguous_format)
+        out[..., :R] = grad[..., :R]
+        out[:, -1:, :, R:] = 0
+        out[:, :-1, :, R:] = grad[:, 1:, :, R:]
+        if first_BT is not None:
+            out[:, :-1, :, R:].masked_fill_(first_BT[:, 1:, None, None], 0)
+        return out, None, None
+
+
 class Attention(Mixer):
     """Causal attention with `n_head` query heads over `n_kv_head` key and value heads.
 
@@ -184,17 +214,16 @@ class Attention(Mixer):
 
     def rotate(self, x: Tensor, positions: int | Tensor, n: int) -> Tensor:
         """x (B, T, H, P) with its first R coordinates rotated."""
-        if self.rotary is None:
-            return x
-        if not self.offset:
-            return self.rotary(x, positions, n)
-        return torch.cat((self.rotary(x[..., : self.R], positions, n), x[..., self.R :]), -1)
+        return x if self.rotary is None else self.rotary(x, positions, n)
 
     def move(self, k: Tensor, last: Tensor | None = None, segments_BT: Tensor | None = None) -> Tensor:
         """Keys (B, T, G, P), each with its second half from the token before it; `last` (B, G, P - R) is that of the
         first one. Zeros before the first token of a document."""
         if not self.offset:
             return k
+        if last is None and k.device.type == "cpu" and not torch.compiler.is_compiling():
+            moved: Tensor = _Move.apply(k, None if segments_BT is None else resets(segments_BT), self.R)
+            return moved
         before = k.new_zeros(k[:, :1, :, self.R :].shape) if last is None else last[:, None]
         before = torch.cat((before, k[:, :-1, :, self.R :]), 1)
         if segments_BT is not None:

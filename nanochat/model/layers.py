@@ -6,11 +6,13 @@ Shape suffixes: B batch, T time, D model width, H heads, P head width, N tokens 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nanochat.kernels.linear import linear
 
@@ -61,7 +63,8 @@ def rms_norm(x: Tensor, eps: float) -> Tensor:
 
 
 class Rotary:
-    """Rotary positions (arXiv 2104.09864), half-rotation layout. Tables grow on demand; they are no parameters."""
+    """Rotary positions (arXiv 2104.09864), half-rotation layout, on the first `head_dim` coordinates of a head. Tables
+    grow on demand; they are no parameters."""
 
     def __init__(self, head_dim: int, base: float) -> None:
         self.head_dim, self.base = head_dim, base
@@ -87,8 +90,39 @@ class Rotary:
             cos, sin = cos[positions:n], sin[positions:n]
         else:
             cos, sin = cos[positions], sin[positions]
-        a, b = x.chunk(2, dim=-1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            y: Tensor = _Rotate.apply(x, cos, sin) if torch.is_grad_enabled() else rotate(x, cos, sin)
+            return y
+        width = cos.size(-1)
+        a, b, rest = x.split((width, width, x.size(-1) - 2 * width), dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (..., P), its first coordinates rotated: each part is written once, where it belongs. No gradient."""
+    width = cos.size(-1)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    a, b = x[..., :width], x[..., width : 2 * width]
+    torch.mul(a, cos, out=out[..., :width]).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=out[..., width : 2 * width]).addcmul_(a, sin)
+    if 2 * width < x.size(-1):
+        out[..., 2 * width :] = x[..., 2 * width :]
+    return out
+
+
+class _Rotate(torch.autograd.Function):
+    """The gradient goes back by the opposite angle; autograd's own way through slices fills a tensor for each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return rotate(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return rotate(grad, cos, -sin), None, None
 
 
 class MLP(nn.Module):

@@ -15,6 +15,7 @@ from torch import Tensor
 from nanochat.errors import NanochatError
 from nanochat.model.layers import Linear
 from nanochat.model.lm import LM
+from nanochat.runtime import cpu_has_bf16
 
 # Minimax polynomials of the Polar Express (arXiv 2505.16932, l = 1e-3, five steps): each triple (a, b, c) maps the
 # singular values s of X to a*s + b*s^3 + c*s^5, and together they bring all of [1e-3, 1] close to 1.
@@ -29,57 +30,67 @@ POLAR_EXPRESS = (
 
 def orthogonalize(x: Tensor) -> Tensor:
     """The nearest semi-orthogonal matrices (U V^T of the SVD), approximately; x is (..., rows, columns)."""
+    shape = x.shape
     tall = x.size(-2) > x.size(-1)
-    if tall:
-        x = x.mT
+    x = (x.mT if tall else x).reshape(-1, min(shape[-2:]), max(shape[-2:]))
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
     for a, b, c in POLAR_EXPRESS:
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).reshape(shape)
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum orthogonalised by the Polar Express (Muon, Jordan et al. 2024), with Nesterov and cautious weight decay.
 
     Each parameter is a matrix, or several stacked by rows (`splits`): fused q, k, v or Mamba's z, x, B, C, dt. Matrices
-    of one shape are orthogonalised in one batched product. The step is lr * sqrt(max(1, rows / columns)) * orthogonal
-    matrix, so that the change of an output coordinate does not depend on the shape.
+    of one shape, or of its transpose, are orthogonalised in one batched product. The step is
+    lr * sqrt(max(1, rows / columns)) * orthogonal matrix, so that the change of an output coordinate does not depend on
+    the shape. `products`: the dtype of the orthogonalisation (None: the parameters'); its five steps tolerate bf16.
     """
 
     def __init__(
-        self, params: Iterable[dict[str, Any]], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+        self,
+        params: Iterable[dict[str, Any]],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        products: torch.dtype | None = None,
     ) -> None:
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.products = products
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         assert closure is None
         for group in self.param_groups:
+            momentum = group["momentum"]
+            stepped = [(p, splits) for p, splits in zip(group["params"], group["splits"]) if p.grad is not None]
+            if not stepped:
+                continue
+            for p, _ in stepped:
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            grads, buffers = [p.grad for p, _ in stepped], [self.state[p]["momentum"] for p, _ in stepped]
+            torch._foreach_lerp_(buffers, grads, 1 - momentum)
+            updates = torch._foreach_lerp(grads, buffers, momentum)
             stacks: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
-            for p, splits in zip(group["params"], group["splits"]):
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["momentum"] = torch.zeros_like(p)
-                buffer = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(buffer, group["momentum"])
+            for (p, splits), update in zip(stepped, updates):
                 for rows, change in zip(p.split(splits), update.split(splits)):
-                    stacks[tuple(rows.shape)].append((rows, change))
-            for shape, pairs in stacks.items():
-                self.apply(shape, pairs, group["lr"], group["weight_decay"])
+                    stacks[min(rows.shape), max(rows.shape)].append((rows, change))
+            for pairs in stacks.values():
+                self.apply(pairs, group["lr"], group["weight_decay"])
 
-    @staticmethod
-    def apply(shape: tuple[int, int], pairs: list[tuple[Tensor, Tensor]], lr: float, weight_decay: float) -> None:
-        stacked = torch.stack([change for _, change in pairs])
-        if stacked.is_cuda:  # five steps of products tolerate bf16, which CPUs without it emulate slowly
-            stacked = stacked.bfloat16()
-        changes = orthogonalize(stacked).to(pairs[0][0].dtype).mul_(lr * math.sqrt(max(1.0, shape[0] / shape[1])))
-        for (rows, _), change in zip(pairs, changes.unbind(0)):
-            if weight_decay:  # only where the step already shrinks the weight (cautious, arXiv 2510.12402)
+    def apply(self, pairs: list[tuple[Tensor, Tensor]], lr: float, weight_decay: float) -> None:
+        """Step matrices of one shape or its transpose."""
+        weights = [rows if rows.size(0) <= rows.size(1) else rows.mT for rows, _ in pairs]
+        stacked = torch.stack([change if change.size(0) <= change.size(1) else change.mT for _, change in pairs])
+        changes = list(orthogonalize(stacked.to(self.products or stacked.dtype)).to(stacked.dtype).unbind(0))
+        torch._foreach_mul_(changes, [lr * math.sqrt(max(1.0, rows.size(0) / rows.size(1))) for rows, _ in pairs])
+        if weight_decay:  # only where the step already shrinks the weight (cautious, arXiv 2510.12402)
+            for rows, change in zip(weights, changes):
                 change.add_(rows * (change * rows > 0), alpha=lr * weight_decay)
-            rows.sub_(change)
+        torch._foreach_sub_(weights, changes)
 
 
 @dataclass(frozen=True)
@@ -139,7 +150,9 @@ class Optimizers:
         self.muon: Muon | None = None
         if found["matrix"]:
             group = {"params": [p for _, p in found["matrix"]], "splits": splits}
-            self.muon = Muon([group], rates.matrix, rates.momentum, rates.weight_decay)
+            fast = model.device.type == "cuda" or (model.device.type == "cpu" and cpu_has_bf16())
+            products = torch.bfloat16 if fast else None
+            self.muon = Muon([group], rates.matrix, rates.momentum, rates.weight_decay, products)
         for optimizer in self.all:
             for group in optimizer.param_groups:
                 group["initial_lr"] = group["lr"]
