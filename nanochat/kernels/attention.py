@@ -51,6 +51,18 @@ def attention(
     return op(q_BTHP, k_BSGP, v_BSGP, segments_BT, window, lengths, start, scale)
 
 
+def attention_step(q_BHP: Tensor, k_BGSP: Tensor, v_BGSP: Tensor, scale: float) -> Tensor:
+    """One query a head against all keys, without a gradient: (B, H, 1, P). Keys lie as a cache holds them."""
+    q_B1HP = q_BHP[:, None]
+    default, reason = _default(q_B1HP, 0, None)
+    op = choose("attention", ATTENTION, default, q_BHP, reason)
+    if op is not _attention_sdpa:
+        y = op(q_B1HP, k_BGSP.transpose(1, 2), v_BGSP.transpose(1, 2), None, 0, None, None, scale)
+        return y.transpose(1, 2)
+    grouped = q_BHP.shape[1] != k_BGSP.shape[1]
+    return F.scaled_dot_product_attention(q_BHP[:, :, None], k_BGSP, v_BGSP, scale=scale, enable_gqa=grouped)
+
+
 def _default(q_BTHP: Tensor, window: int, segments_BT: Tensor | None) -> tuple[str, str]:
     """The implementation for such a call, and why."""
     if q_BTHP.device.type != "cuda":

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nanochat.errors import UsageError
-from nanochat.kernels.attention import attention
+from nanochat.kernels.attention import attention, attention_step
 from nanochat.kernels.segments import resets
 from nanochat.model.config import ModelConfig
 from nanochat.model.layers import Linear, Ragged, Rotary, rms_norm
@@ -82,6 +82,14 @@ class KVState(State):
             self.k[rows, :, where] = k  # two index tensors around a slice: their dimensions come first
             self.v[rows, :, where] = v
         self.lengths = [n + (T if added is None else added[i]) for i, n in enumerate(self.lengths)]
+
+    def push(self, k: Tensor, v: Tensor) -> None:
+        """Write one token (B, G, P) behind rows of one length."""
+        self.reserve(1)
+        at = self.longest
+        self.k.select(2, at).copy_(k)
+        self.v.select(2, at).copy_(v)
+        self.lengths = [at + 1] * len(self.lengths)
 
     def positions(self, T: int) -> Tensor:
         """(B, T): the positions that the next T tokens of each row take."""
@@ -258,6 +266,8 @@ class Attention(Mixer):
     def extend(self, x_BTD: Tensor, state: KVState, value: Tensor | None) -> Tensor:
         """T more tokens of every row."""
         T, uniform, past = x_BTD.size(1), state.uniform, state.longest
+        if T == 1 and uniform and past and value is None and not torch.is_grad_enabled():
+            return self.extend_one(x_BTD, state)
         start = None if uniform else torch.tensor(state.lengths, device=x_BTD.device)
         q, k, v = self.project(x_BTD, past if uniform else state.positions(T), past + T, value)
         k, state.last = self.move(k, state.last), k[:, -1, :, self.R :]
@@ -265,6 +275,24 @@ class Attention(Mixer):
         if past == 0:
             return attention(q, k, v, window=self.window, scale=self.scale)
         return self.attend(q, state, past + T, start)
+
+    def extend_one(self, x_B1D: Tensor, state: KVState) -> Tensor:
+        """One more token of rows of one length, (B, H, 1, P): decoding a row of a small model takes as long as torch
+        needs to begin this many operations, so they are few."""
+        at, n_key = state.longest, self.n_head + self.n_kv
+        qkv_BHP = self.qkv(x_B1D).view(x_B1D.size(0), n_key + self.n_kv, self.P)
+        qk_BHP, v_BGP = qkv_BHP[:, :n_key], qkv_BHP[:, n_key:]
+        if self.qk_norm:
+            qk_BHP = rms_norm(qk_BHP, self.eps)
+        if self.rotary is not None:
+            qk_BHP = self.rotary.step(qk_BHP, at)
+        q_BHP, k_BGP = qk_BHP[:, : self.n_head], qk_BHP[:, self.n_head :]
+        if self.offset:
+            k_BGP, state.last = torch.cat((k_BGP[..., : self.R], state.last), -1), k_BGP[..., self.R :]
+        state.push(k_BGP, v_BGP)
+        first = max(0, at + 1 - self.window) if self.window else 0
+        k_BGSP, v_BGSP = state.k[:, :, first : at + 1], state.v[:, :, first : at + 1]
+        return attention_step(q_BHP, k_BGSP, v_BGSP, self.scale)
 
     def extend_ragged(self, x_1ND: Tensor, state: KVState, ragged: Ragged, value: Tensor | None) -> Tensor:
         """A different number of tokens for each row, laid end to end."""

@@ -178,9 +178,10 @@ class LM(nn.Module):
         if self.config.embed_norm:
             x = rms_norm(x, self.config.norm_eps)
         x0 = x
+        scales = self._scales(x.dtype)
         for i, block in enumerate(self.blocks):
-            if self.config.x0_residual and i > 0:
-                x = self.stream_scale[i].to(x.dtype) * x + self.x0_scale[i].to(x.dtype) * x0
+            if scales and i > 0:
+                x = torch.addcmul(x * scales[0][i], x0, scales[1][i])
             value = self.values[str(i)](ids_BT).to(x.dtype) if i in self.value_layers else None
             arguments = (x, None if states is None else states[i], segments_BT, ragged, value)
             if self.checkpointing and states is None and torch.is_grad_enabled():
@@ -188,6 +189,12 @@ class LM(nn.Module):
             else:
                 x = block(*arguments)
         return rms_norm(x, self.config.norm_eps)
+
+    def _scales(self, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
+        """For each block the factors of the stream and of the embedding."""
+        if not self.config.x0_residual:
+            return None
+        return self.stream_scale.to(dtype).unbind(), self.x0_scale.to(dtype).unbind()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, D) to soft-capped fp32 logits (…, V)."""
