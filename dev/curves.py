@@ -1,6 +1,6 @@
 """Draws one chart of several runs' validation loss over the minutes of training, as an SVG that stands alone.
 
-python dev/curves.py --output docs/images/NAME.svg Transformer=out/text_t/base Hybrid=out/text_hybrid/base
+    python dev/curves.py --output docs/images/NAME.svg Transformer=out/text_t/base Hybrid=out/text_hybrid/base
 """
 
 from __future__ import annotations

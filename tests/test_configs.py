@@ -41,6 +41,7 @@ BLOCKS = {
     "tiny_mamba2": [M2] * 4,
     "tiny_hybrid": [M2, M2, M2, T],
 }
+SMALL = "small_text"  # any pattern
 RAG = {"rag_mamba_d20": "mamba_d20", "rag_hybrid_d20": "hybrid_alternating_d20", "rag_tiny": None}
 REWARDED = {"refrag_hybrid_d20": RefragSettings, "refrag_tiny": RefragSettings, "rl_tiny": ChatRLSettings}
 WIDTH = {"d12": 768, "d20": 1280, "tiny": 64}
@@ -53,7 +54,7 @@ def path_of(name: str) -> str:
 
 
 def test_the_table_names_every_config() -> None:
-    assert {path.stem for path in (ROOT / "configs").glob("*.py")} == set(BLOCKS) | set(RAG) | set(REWARDED)
+    assert {path.stem for path in (ROOT / "configs").glob("*.py")} == set(BLOCKS) | set(RAG) | set(REWARDED) | {SMALL}
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -74,6 +75,16 @@ def test_every_stage_takes_it_and_flags_win(name: str) -> None:
         assert settings.device_batch_size == 2
         assert settings.total_batch_size == (0 if name.startswith("tiny") else 524288)
         assert horizon(replace(settings, num_iterations=1), 0, settings.sequence_len or 0, cpu(world_size=2))[1] >= 1
+
+
+@pytest.mark.parametrize("pattern", ["transformer", "mamba", "mamba2", "hybrid"])
+def test_small_text_takes_any_pattern(pattern: str) -> None:
+    settings = config.parse(BaseSettings, [path_of(SMALL), "--pattern", pattern])
+    settings.check()
+    assert settings.max_minutes == 3
+    with torch.device("meta"):
+        model = LM(ModelConfig(vocab_size=512, **settings.model_options()).resolved())
+    assert model.n_params()["total"] < 2e6
 
 
 @pytest.mark.parametrize(("name", "base"), RAG.items())
