@@ -91,13 +91,13 @@ class Analyser:
 
     def terms(self, text: str) -> list[str]:
         """The terms of a document, in order and with repetitions. Needs tantivy for languages other than English."""
-        return self._terms(self._words(text))
+        table = _term_table(self.language if self.stem else "none", self.fold_accents)
+        return list(filter(None, map(table.__getitem__, self._words(text))))
 
     def query_terms(self, text: str) -> list[str]:
         """The terms of a query: those of its words that are no stop words, or of all when nothing else remains."""
-        words = self._words(text)
-        is_stop = _stop_test(self.language, self.stop_words)
-        return self._terms([word for word in words if not is_stop(word)]) or self._terms(words)
+        table = _query_table(self.language, self.stem, self.fold_accents, self.stop_words)
+        return list(filter(None, map(table.__getitem__, self._words(text)))) or self.terms(text)
 
     def _words(self, text: str) -> list[str]:
         if text.isascii():
@@ -106,13 +106,10 @@ class Analyser:
         text = prepare(text)
         return _unicode_words().findall(text.lower() if self.lower_case else text)
 
-    def _terms(self, words: list[str]) -> list[str]:
-        table = _term_table(self.language if self.stem else "none", self.fold_accents)
-        return list(filter(None, map(table.__getitem__, words)))
-
 
 class _TermTable(dict[str, str]):
-    """Word -> term, or "" for words that are too long to index; filled as words come, emptied when full."""
+    """Word -> term, or "" for words that give none, being too long to index; filled as words come, emptied when
+    full."""
 
     def __init__(self, term_of: Callable[[str], str]) -> None:
         self._term_of = term_of
@@ -164,6 +161,13 @@ def _term_table(language: str, fold_accents: bool) -> _TermTable:
     if language == "english":  # its accents are those of foreign words, which the stemmer does not know
         return _TermTable(lambda word: stem(fold(word)))
     return _TermTable(lambda word: fold(stem(word)))
+
+
+@cache
+def _query_table(language: str, stem: bool, fold_accents: bool, stop_words: tuple[str, ...] | None) -> _TermTable:
+    """`_term_table` in which stop words give no term: a word of a query is looked up once, and not twice."""
+    table, is_stop = _term_table(language if stem else "none", fold_accents), _stop_test(language, stop_words)
+    return _TermTable(lambda word: "" if is_stop(word) else table[word])
 
 
 def _stemmer(language: str) -> Callable[[str], str]:

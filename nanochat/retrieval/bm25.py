@@ -8,6 +8,8 @@ lengths rounded to one byte; their statistics count dropped rows until their seg
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
 import re
 import tempfile
@@ -30,6 +32,9 @@ FORMAT = 1
 THREADS = 1  # beside the one that reads, analyses and stores; more where these are faster than tantivy
 HEAP_BYTES = 120_000_000  # of the writer, over all its threads; when full, it becomes a segment of some 400,000 texts
 SPARE = 8  # hits asked for beyond k: enough to settle most ties without a second search
+K1 = 1.2  # tantivy's; a term adds less than K1 + 1 times its idf
+RARE_COST = 2  # reading a text of a rare term and looking common ones up costs as much as so many of theirs
+MAX_COUNTED_TERMS = 1 << 16
 SAME_SCORE = 2e-6  # relative: equal sums added in another order differ by float32's rounding
 ROW_COST = 8  # an allowed row inside the query costs as much as so many hits that are fetched and then filtered
 _SEGMENT_FILE = re.compile(r"[0-9a-f]{32}\..+")
@@ -49,6 +54,10 @@ class BM25Index:
         self._schema = index.schema
         self._searcher: tantivy.Searcher | None = index.searcher()
         self.n_rows: int = self._searcher.num_docs
+        # Tantivy's statistics: also of dropped texts, until their segment is merged.
+        segments = json.loads((directory / "meta.json").read_bytes())["segments"]
+        self._n_texts: int = sum(segment["max_doc"] for segment in segments)
+        self._n_texts_with: dict[str, int] = {}  # a term
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
@@ -104,10 +113,13 @@ class BM25Index:
 
     def _search(self, searcher: tantivy.Searcher, query: str, k: int, allowed: np.ndarray | None) -> Found:
         k = min(k, self.n_rows, self.n_rows if allowed is None else len(allowed))
-        parsed = self._parse(query)
-        if parsed is None or k < 1:
+        terms = Counter(self.analyser.query_terms(query))
+        if not terms or k < 1:
             return Found.none()
         limit = k + SPARE
+        if allowed is None and len(terms) > 1 and (found := self._search_rare(searcher, terms, k, limit)) is not None:
+            return found
+        parsed = _any_of([self._term(*one) for one in terms.items()])
         if allowed is not None:  # as many as hold k allowed ones, if these are spread evenly
             limit = int(limit * max(1.0, 1.2 * self.n_rows / len(allowed)))
         while True:
@@ -125,17 +137,58 @@ class BM25Index:
                 return _best(rows, scores, k)
             limit *= 4
 
-    def _parse(self, query: str) -> tantivy.Query | None:
-        """Any of the query's terms, a repeated one counting as often; None without terms."""
+    def _search_rare(self, searcher: tantivy.Searcher, terms: Counter[str], k: int, limit: int) -> Found | None:
+        """The answer from the texts that hold one of the rare terms, the common ones only adding to their scores; None
+        when that would not be faster, or when a text without any rare term might belong to it (MaxScore, Turtle and
+        Flood 1995): tantivy's own pruning still reads most of what a stop word has."""
+        numbers = [(self._count(searcher, term), term) for term in terms]
+        numbers.sort(reverse=True)
+        lowest = self._likely_lowest(numbers, limit)
+        most, n_common, n_skipped = 0.0, 0, 0  # what texts with common terms alone can score at most
+        for number, term in numbers[:-1]:
+            more = most + terms[term] * _idf(number, self._n_texts) * (K1 + 1)
+            if more > lowest:
+                break
+            most, n_common, n_skipped = more, n_common + 1, n_skipped + number
+        n_read = sum(number for number, _ in numbers[n_common:])
+        if n_skipped < RARE_COST * n_read or not n_common:
+            return None
+        parts = [self._term(term, terms[term]) for _, term in numbers]
+        occur = import_tantivy().Occur
+        query = import_tantivy().Query.boolean_query(
+            [(occur.Must, _any_of(parts[n_common:])), (occur.Should, _any_of(parts[:n_common]))]
+        )
+        rows, scores = _hits(searcher, query, limit)
+        if len(rows) < k:
+            return None
+        left_out = most if len(rows) < limit else max(most, float(scores[-1]))
+        return _best(rows, scores, k) if left_out < scores[k - 1] * (1 - SAME_SCORE) else None
+
+    def _likely_lowest(self, numbers: list[tuple[int, str]], limit: int) -> float:
+        """About what the last of the best `limit` texts scores: as one of average length with one of the rarest terms
+        that together have so many texts. Too high a guess costs a second search."""
+        total = 0
+        for number, _ in reversed(numbers):
+            total += number
+            if total >= limit:
+                return _idf(number, self._n_texts)
+        return 0.0
+
+    def _count(self, searcher: tantivy.Searcher, term: str) -> int:
+        """How many texts hold a term."""
+        known = self._n_texts_with.get(term)
+        if known is None:
+            known = searcher.doc_freq("text", term)
+            if len(self._n_texts_with) >= MAX_COUNTED_TERMS:
+                self._n_texts_with.clear()
+            self._n_texts_with[term] = known
+        return known
+
+    def _term(self, term: str, count: int) -> tantivy.Query:
+        """A query for one term; one that is repeated counts as often."""
         make = import_tantivy().Query
-        parts = []
-        for term, count in Counter(self.analyser.query_terms(query)).items():
-            part = make.term_query(self._schema, "text", term, index_option="freq")
-            parts.append(part if count == 1 else make.boost_query(part, float(count)))
-        if len(parts) > 1:
-            should = import_tantivy().Occur.Should
-            return make.boolean_query([(should, part) for part in parts])
-        return parts[0] if parts else None
+        part = make.term_query(self._schema, "text", term, index_option="freq")
+        return part if count == 1 else make.boost_query(part, float(count))
 
     def _among(self, query: tantivy.Query, allowed: np.ndarray) -> tantivy.Query:
         """The query within the allowed rows, its scores unchanged."""
@@ -143,6 +196,19 @@ class BM25Index:
         rows = engine.Query.term_set_query(self._schema, "row", allowed.tolist())
         must = engine.Occur.Must
         return engine.Query.boolean_query([(must, query), (must, engine.Query.const_score_query(rows, 0.0))])
+
+
+def _any_of(parts: list[tantivy.Query]) -> tantivy.Query:
+    """Texts that match any of the queries, which are one at least; scores add up."""
+    if len(parts) == 1:
+        return parts[0]
+    should = import_tantivy().Occur.Should
+    return import_tantivy().Query.boolean_query([(should, part) for part in parts])
+
+
+def _idf(number: int, n_texts: int) -> float:
+    """As tantivy has it, for a term that so many of the texts hold."""
+    return math.log(1 + (n_texts - number + 0.5) / (number + 0.5))
 
 
 def _hits(searcher: tantivy.Searcher, query: tantivy.Query, limit: int) -> tuple[np.ndarray, np.ndarray]:

@@ -13,6 +13,7 @@ import contextlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -166,7 +167,7 @@ class _Writer:
         paths = [self.directory / f"{name}.rows.npy", self.directory / f"{name}.vectors.npy"]
         vectors_file: ArrayWriter | None = None
         with contextlib.ExitStack() as files:
-            rows_file = files.enter_context(ArrayWriter(paths[0], "<i8"))
+            rows_file = files.enter_context(ArrayWriter(paths[0], "<i8", sync=False))
             for batch in batches:
                 rows, vectors = self._checked(batch)
                 if not len(rows):
@@ -174,7 +175,7 @@ class _Writer:
                 if rows[0] <= last or (np.diff(rows) <= 0).any():
                     raise UsageError(f"rows given to a dense index must ascend: {rows[0]} comes after {last}")
                 if vectors_file is None:
-                    vectors_file = files.enter_context(ArrayWriter(paths[1], "<f2", self.dimension))
+                    vectors_file = files.enter_context(ArrayWriter(paths[1], "<f2", self.dimension, sync=False))
                     first = int(rows[0])
                 rows_file.append(rows)
                 vectors_file.append(vectors)
@@ -234,15 +235,19 @@ class _Writer:
         return segment.info
 
     def _indexed(self, segment: Segment) -> SegmentInfo:
+        """A segment that was written just now, with its index."""
         info = segment.info
         kind = self.settings.kind(info.n)
-        if kind == "flat":
-            return info
-        path = self.directory / f"{info.name}.faiss"
-        build_index(kind, segment.vectors, path, self.settings)
-        return SegmentInfo(
-            info.name, kind, info.n, info.first, info.last, {**info.files, path.name: path.stat().st_size}
-        )
+        with ThreadPoolExecutor(1) as background:  # the disk takes the vectors while FAISS computes
+            synced = [background.submit(fsync, self.directory / name) for name in info.files]
+            if kind != "flat":
+                path = self.directory / f"{info.name}.faiss"
+                build_index(kind, segment.vectors, path, self.settings)
+                files = {**info.files, path.name: path.stat().st_size}
+                info = SegmentInfo(info.name, kind, info.n, info.first, info.last, files)
+            for one in synced:
+                one.result()
+        return info
 
     def _delete(self, segment: Segment) -> None:
         for name in segment.info.files:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -60,7 +60,7 @@ class SearchesPassages(ABC):
         query = Query(k, filter, **options)
         if isinstance(queries, str):
             return self._answers([queries], query)[0]
-        return self._answers(queries, query)
+        return self._answers(_several(queries), query)
 
     @abstractmethod
     def _answers(self, texts: Sequence[str], query: Query) -> list[list[Hit]]:
@@ -95,11 +95,18 @@ class SearchesDocuments(ABC):
         """The best `k` passages for a query, or a list of them for each of several."""
         if isinstance(queries, str):
             return self._answers([queries], k, filter)[0]
-        return self._answers(queries, k, filter)
+        return self._answers(_several(queries), k, filter)
 
     @abstractmethod
     def _answers(self, texts: Sequence[str], k: int, filter: Filter | None) -> list[list[Hit]]:
         """The hits for each text."""
+
+
+def _several(queries: Any) -> Sequence[str]:
+    """Raises UsageError for what are no texts."""
+    if isinstance(queries, bytes | Mapping) or not isinstance(queries, Iterable):
+        raise UsageError(f"a query must be a text, or a list of texts, not {queries!r:.60}")
+    return list(queries)
 
 
 def ingest_files(

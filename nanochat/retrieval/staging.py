@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from nanochat.retrieval.document import Embedder, content_hash
 
 NAME = "vectors.staged"
 EMBED_AT_ONCE = 256  # texts; what a kill can cost
-_SYNC_EVERY = 4096  # vectors
+SYNC_SECONDS = 10.0  # of the embedder's time after which its vectors are written through: a power cut costs no more
 
 
 def _head(embedder: str, dimension: int) -> bytes:
@@ -45,6 +46,7 @@ class Staging:
             del records
             os.truncate(self.path, len(self._head) + len(self._places) * self._dtype.itemsize)
         self._n = len(self._places)
+        self._unsafe = 0.0  # seconds of the embedder that a power cut would cost
         self._file = open(self.path, "ab")  # noqa: SIM115 - closed by `close`
 
     def __len__(self) -> int:
@@ -58,8 +60,13 @@ class Staging:
         names = list(missing)
         for start in range(0, len(names), EMBED_AT_ONCE):
             part = names[start : start + EMBED_AT_ONCE]
-            self.add(part, self.embedder.embed([missing[name] for name in part]))
+            began = time.monotonic()
+            vectors = self.embedder.embed([missing[name] for name in part])
+            self._unsafe += time.monotonic() - began
+            self.add(part, vectors)
             self.n_embedded += len(part)
+            if self._unsafe > SYNC_SECONDS:
+                self._sync()
         places = [self._places[hash] for hash in hashes]
         self._used.update(places)
         return np.array(places, np.int64)
@@ -67,26 +74,41 @@ class Staging:
     def add(self, hashes: Sequence[bytes], vectors: np.ndarray) -> None:
         """Append vectors, (n, dimension), of texts with these hashes."""
         vectors = check_vectors(vectors, len(hashes), self.embedder)
-        if self._n // _SYNC_EVERY != (self._n + len(hashes)) // _SYNC_EVERY:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        for hash, vector in zip(hashes, vectors):
+        fresh: dict[bytes, int] = {}
+        for i, hash in enumerate(hashes):
             if hash not in self._places:
-                data = hash + vector.tobytes()
-                self._file.write(data + zlib.crc32(data).to_bytes(4, "little"))
-                self._places[hash] = self._n
-                self._n += 1
+                fresh.setdefault(hash, i)
+        if not fresh:
+            return
+        records = np.zeros(len(fresh), self._dtype)
+        records["hash"] = np.frombuffer(b"".join(fresh), "V16")
+        records["vector"] = vectors[list(fresh.values())]
+        records["crc"] = [zlib.crc32(line) for line in _bytes(records)[:, :-4]]
+        self._file.write(records.data)
         self._file.flush()
+        self._places.update(zip(fresh, range(self._n, self._n + len(fresh))))
+        self._n += len(fresh)
 
     def vectors(self, places: np.ndarray) -> np.ndarray:
         """(n, dimension) float32."""
+        if len(places) and places[-1] - places[0] == len(places) - 1 and (np.diff(places) == 1).all():
+            start = len(self._head) + int(places[0]) * self._dtype.itemsize
+            records = np.fromfile(self.path, self._dtype, len(places), offset=start)  # read: no pages to be mapped
+            return np.ascontiguousarray(records["vector"])
         records = np.memmap(self.path, self._dtype, "r", offset=len(self._head), shape=(self._n,))
         return np.array(records["vector"][places])
 
+    def _sync(self) -> None:
+        os.fsync(self._file.fileno())
+        self._unsafe = 0.0
+
     def close(self, committed: bool = False) -> None:
         """After a commit that used all that is here, the file is not needed any more."""
-        self._file.close()
-        if committed and len(self._used) == self._n:
+        needed = not committed or len(self._used) < self._n
+        with self._file:
+            if needed:
+                self._sync()
+        if not needed:
             self.path.unlink(missing_ok=True)
 
 
@@ -121,6 +143,11 @@ def _record(dimension: int) -> np.dtype:
     return np.dtype([("hash", "V16"), ("vector", "<f4", (dimension,)), ("crc", "<u4")])
 
 
+def _bytes(records: np.ndarray) -> np.ndarray:
+    """(n, bytes of a record) uint8: the same memory."""
+    return records.view(np.uint8).reshape(len(records), records.dtype.itemsize)
+
+
 def _whole_records(path: Path, head: bytes, dtype: np.dtype) -> np.ndarray | None:
     """The records up to the first damaged one; None when the file is missing or begins otherwise."""
     try:
@@ -135,7 +162,7 @@ def _whole_records(path: Path, head: bytes, dtype: np.dtype) -> np.ndarray | Non
     if not n:
         return np.empty(0, dtype)
     records = np.memmap(path, dtype, "r", offset=len(head), shape=(n,))
-    raw = records.view(np.uint8).reshape(n, dtype.itemsize)
+    raw = _bytes(records)
     for i in range(n):
         if zlib.crc32(raw[i, :-4].data) != int(records["crc"][i]):
             return records[:i]

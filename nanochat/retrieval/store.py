@@ -155,7 +155,7 @@ class SegmentWriter:
             target.extend(hashes.view(np.uint64)[np.argsort(rows)][alive].tolist())
 
     def finish(self) -> None:
-        """Sort what is looked up, write all to the disk and close."""
+        """Sort what is looked up, write all and close."""
         execute = self._connection.execute
         execute("INSERT OR IGNORE INTO fields SELECT key, value, row FROM loose ORDER BY key, value, row")
         execute("COMMIT")
@@ -168,13 +168,13 @@ class SegmentWriter:
             lines += [hashes[order].view(np.int64), rows[order]]
         with open(self.directory / PLACES, "wb") as file:
             np.save(file, np.stack(lines), allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        with opened(self.directory / DATABASE) as descriptor:
-            os.fsync(descriptor)
 
     def describe(self) -> SegmentInfo:
-        """What the manifest says of it, once it is finished."""
+        """What the manifest says of it, once it is finished. Waits until the disk has all of it: in another thread,
+        if need be."""
+        for name in (DATABASE, PLACES):
+            with opened(self.directory / name) as descriptor:
+                os.fsync(descriptor)
         end = self.rows[-1] + self.counts[-1] - 1
         return SegmentInfo(
             self.directory.name, len(self), self.n_passages, self.rows[0], end, describe(self.directory)
@@ -210,13 +210,14 @@ class Segment:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        for name in (PLACES, DATABASE):
+            if not (directory / name).exists():
+                raise FileNotFoundError(directory / name)
         try:
             places = _load(directory / PLACES)
         except (ValueError, EOFError) as error:
             raise NanochatError(f"{directory} is damaged ({error}); `verify` tells which file") from error
         self.rows, self.ids, self.hashes = places[:2], places[2:4], places[4:]
-        if not (directory / DATABASE).exists():
-            raise FileNotFoundError(directory / DATABASE)
         self._lock = threading.Lock()
         with self._reading():
             self._connection = sqlite3.connect(_uri(directory), uri=True, isolation_level=None, check_same_thread=False)

@@ -22,10 +22,12 @@ RESIDENT = 16 << 20  # bytes of touched pages after which they are given back
 
 
 class ArrayWriter:
-    """An .npy file of `dtype`, (n,) or (n, width), whose n is known only when it is closed."""
+    """An .npy file of `dtype`, (n,) or (n, width), whose n is known only when it is closed. Closing waits until the
+    disk has it all, unless the caller sees to that (`sync=False`)."""
 
-    def __init__(self, path: Path, dtype: str, width: int | None = None) -> None:
+    def __init__(self, path: Path, dtype: str, width: int | None = None, sync: bool = True) -> None:
         self.path, self.dtype, self.width, self.n = path, np.dtype(dtype), width, 0
+        self._sync = sync
         self._file = open(path, "xb")  # noqa: SIM115 - closed by close
         self._file.write(b"\0" * HEADER)
 
@@ -34,11 +36,12 @@ class ArrayWriter:
         self.n += len(block)
 
     def close(self) -> None:
-        """Fill in the header and wait until the disk has it all."""
+        """Fill in the header."""
         self._file.seek(0)
         self._file.write(_header(self.dtype, self.n, self.width))
         self._file.flush()
-        os.fsync(self._file.fileno())
+        if self._sync:
+            os.fsync(self._file.fileno())
         self._file.close()
 
     def __enter__(self) -> ArrayWriter:

@@ -11,6 +11,7 @@ import itertools
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
@@ -81,7 +82,8 @@ class Writer:
         self.next_row = self.manifest.next_row
         self.counts = dict.fromkeys(("added", "updated", "deleted", "unchanged", "duplicates", "skipped"), 0)
         self._removed: dict[int, int] = {}  # first row -> passages, of documents that this change removes
-        self._segments: list[SegmentInfo] = []
+        self._segments: list[Future[SegmentInfo]] = []  # written; the disk and the checksums take their time
+        self._background = ThreadPoolExecutor(1)
         self._opened: list[Segment] = []
         self._filling: SegmentWriter | None = None
         self._rows_by_id: dict[str, int] = {}  # of the segment that is being filled
@@ -112,6 +114,7 @@ class Writer:
                 if kind == "dense":
                     for _ in stream:
                         pass  # the other indexes have drawn all of it
+                    self._close_segment()
                     stream = self._staged_batches()
                 generations.write_index(kind, target, self.index_settings, stream, base, drop)
             self._describe(target, base, before, drop)
@@ -273,7 +276,7 @@ class Writer:
             generations.remove(filled.directory)
             return
         filled.finish()
-        self._segments.append(filled.describe())
+        self._segments.append(self._background.submit(filled.describe))
         self._opened.append(Segment(filled.directory))
         self._rows_by_id.clear()
         self._contents.clear()
@@ -329,7 +332,8 @@ class Writer:
     def commit(self, note: str) -> Manifest:
         """Make the change a version. When it raises, call `abandon`."""
         old = self.manifest
-        documents = old.newest.documents + sum(one.documents for one in self._segments) - len(self._removed)
+        segments = [one.result() for one in self._segments]
+        documents = old.newest.documents + sum(one.documents for one in segments) - len(self._removed)
         version = Version(self.version, time.time(), note, documents, self._n_passages(), self.next_row - 1)
         versions = (*old.versions, version)
         built = [*old.generations]
@@ -343,7 +347,7 @@ class Writer:
             serial=self.serial,
             next_row=self.next_row,
             versions=versions,
-            segments=tuple(self._merged([*old.segments, *self._segments])),
+            segments=tuple(self._merged([*old.segments, *segments])),
             generations=generations.retained(built, versions),
             removed=removed,
         )
@@ -378,6 +382,7 @@ class Writer:
         return self._made[-1]
 
     def _close(self, committed: bool) -> None:
+        self._background.shutdown()
         if self._filling is not None:
             self._filling.close()
         for segment in self._opened:

@@ -119,6 +119,45 @@ def test_filters_are_exact_either_way(zipf: tuple[list[str], Path], monkeypatch:
                     check(index.search([query], k, allowed)[0], oracle.scores(query), allowed, k)
 
 
+@pytest.mark.parametrize("guess", [None, 0.0, 4.0, 1e9])
+def test_common_terms_may_be_skipped_but_never_change_the_answer(
+    zipf: tuple[list[str], Path], monkeypatch: pytest.MonkeyPatch, guess: float | None
+):
+    texts, directory = zipf
+    index, oracle = BM25Index.open(directory, {}), Oracle(texts)
+    monkeypatch.setattr(bm25, "RARE_COST", 0.0)
+    if guess is not None:  # of what the last hit scores: wrong ones cost time, nothing else
+        monkeypatch.setattr(index, "_likely_lowest", lambda numbers, limit: guess)
+    answers = []
+    search_rare = index._search_rare
+    monkeypatch.setattr(index, "_search_rare", lambda *args: answers.append(search_rare(*args)) or answers[-1])
+    queries = [*zipf_queries(60, seed=4, stop_words=True), "bak bak bek zuk", "bik bek bak bik"]
+    for query in queries:
+        for k in (1, 10, 200):
+            check(index.search([query], k)[0], oracle.scores(query), np.arange(3000), k)
+    taken = sum(one is not None for one in answers)
+    assert len(answers) == 3 * len(queries)
+    assert (taken == 0) if guess == 0.0 else (0 < taken < len(answers)), taken
+
+
+def test_common_terms_are_judged_by_the_statistics_of_all_texts(
+    zipf: tuple[list[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Dropped texts still count for tantivy: what a common term adds at most is more than the living ones tell."""
+    _, base = zipf
+    drop = np.flatnonzero(np.random.default_rng(1).random(3000) < 0.6)
+    BM25Index.write(tmp_path / "less", {}, [], base, drop)
+    index = BM25Index.open(tmp_path / "less", {})
+    assert index.n_rows == 3000 - len(drop) < index._n_texts
+    monkeypatch.setattr(bm25, "RARE_COST", 0.0)
+    queries = zipf_queries(100, seed=6, stop_words=True)
+    answers = index.search(queries, 10)
+    monkeypatch.setattr(index, "_search_rare", lambda *_: None)
+    for answer, expected in zip(answers, index.search(queries, 10)):
+        assert answer.rows.tolist() == expected.rows.tolist()
+        np.testing.assert_allclose(answer.scores, expected.scores, rtol=1e-5)
+
+
 def test_rankings_agree_with_bm25s(tmp_path: Path):
     """Lengths are exact there, so scores differ by a few percent; a hit within 0.5% of the tenth counts as the same."""
     bm25s = pytest.importorskip("bm25s")

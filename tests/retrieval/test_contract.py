@@ -190,6 +190,12 @@ def test_a_bad_filter_is_refused(retriever: Made) -> None:
             retriever.search("water", filter=bad)
 
 
+def test_queries_that_are_no_texts_are_refused(retriever: Made) -> None:
+    for bad in (None, 3, b"moon", {"moon": 1}):
+        with pytest.raises(UsageError, match="a query must be a text"):
+            retriever.search(bad)  # type: ignore[arg-type]
+
+
 def test_deleted_documents_are_gone_and_may_come_back(name: str, retriever: Made) -> None:
     retriever.delete("moon")
     retriever.delete(["../sea/..", "nobody", "empty"])

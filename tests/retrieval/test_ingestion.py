@@ -76,6 +76,40 @@ def test_vectors_computed_elsewhere_are_taken(tmp_path: Path, letters: Any) -> N
     kb.close()
 
 
+def test_texts_that_are_staged_twice_have_one_vector(tmp_path: Path, letters: Any) -> None:
+    embedder = letters()
+    texts = [f"letters {chr(97 + i)}{chr(97 + i // 5)}" for i in range(20)]
+    expected = embedder.embed_queries(texts)
+    staged = staging.Staging(tmp_path, embedder)
+    assert staged.place(texts[:8]).tolist() == list(range(8))
+    assert staged.place(texts[7:3:-1] + texts[6:12] + texts[6:12]).tolist() == [7, 6, 5, 4, *[*range(6, 12)] * 2]
+    staged.close()
+    again = staging.Staging(tmp_path, embedder)
+    assert len(again) == 12
+    places = again.place(texts)
+    for part in (places, places[3:9], places[::2], places[::-1], places[[4, 4]], places[:0]):
+        assert (again.vectors(part) == expected[part]).all()
+    again.close(committed=True)
+    assert embedder.embedded == texts
+    assert not again.path.exists()
+
+
+def test_what_took_the_embedder_long_is_written_through(
+    tmp_path: Path, letters: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(staging.os, "fsync", synced.append)
+    for seconds, expected in ((0.0, 3), (1e6, 0)):
+        monkeypatch.setattr(staging, "SYNC_SECONDS", seconds)
+        staged = staging.Staging(tmp_path, letters())
+        for text in ("abc", "bcd", "cde"):
+            staged.place([f"{text} {seconds}"])
+        assert len(synced) == expected
+        staged.close()
+        assert len(synced) == expected + 1
+        synced.clear()
+
+
 def test_damaged_staged_vectors_are_computed_again(tmp_path: Path, letters: Any) -> None:
     embedder = letters()
     kb = KnowledgeBase.create(tmp_path / "kb", kind="dense", embedder=embedder)

@@ -288,7 +288,7 @@ def test_k_must_be_a_count(kb: KnowledgeBase, k: object) -> None:
 
 def test_queries_must_be_texts(kb: KnowledgeBase) -> None:
     kb.add([MOON])
-    for bad in ([3], [b"moon"], [None]):
+    for bad in ([3], [b"moon"], [None], 3, None, b"moon", {"moon": 1}):
         with pytest.raises(UsageError, match="a query must be a text"):
             kb.search(bad)  # type: ignore[call-overload]
 
