@@ -210,14 +210,15 @@ class Segment:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        for name in (PLACES, DATABASE):
-            if not (directory / name).exists():
-                raise FileNotFoundError(directory / name)
         try:
             places = _load(directory / PLACES)
+        except FileNotFoundError:
+            raise FileNotFoundError(directory / PLACES) from None
         except (ValueError, EOFError) as error:
             raise NanochatError(f"{directory} is damaged ({error}); `verify` tells which file") from error
         self.rows, self.ids, self.hashes = places[:2], places[2:4], places[4:]
+        if not (directory / DATABASE).exists():
+            raise FileNotFoundError(directory / DATABASE)
         self._lock = threading.Lock()
         with self._reading():
             self._connection = sqlite3.connect(_uri(directory), uri=True, isolation_level=None, check_same_thread=False)

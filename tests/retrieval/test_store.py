@@ -117,6 +117,9 @@ def test_damage_and_missing_files_are_errors(tmp_path: Path) -> None:
     (tmp_path / "seg" / PLACES).write_bytes(b"\x93NUMPY")
     with pytest.raises(NanochatError, match="damaged"):
         Segment(tmp_path / "seg")
+    (tmp_path / "seg" / PLACES).unlink()
+    with pytest.raises(FileNotFoundError, match=f"seg/{PLACES}$"):
+        Segment(tmp_path / "seg")
 
 
 def test_an_open_segment_outlives_its_files(tmp_path: Path) -> None:
