@@ -208,9 +208,9 @@ def dense_settings(folder: Path, config: Config) -> list[Figures]:
 
     defaults = DenseSettings()
     lists = n_lists(defaults.kind(config["docs"]), config["docs"], defaults)
-    tried = [{"fetch": fetch, "probe": 0} for fetch in (2 * K, 100, 300, 1000)]
+    tried = [{"fetch": fetch, "probe": 0} for fetch in (2 * K, 100, 200, 1000)]
     if lists > 1:
-        tried += [{"fetch": 300, "probe": max(lists // part, 1)} for part in (40, 20, 5)]
+        tried += [{"fetch": 200, "probe": max(lists // part, 1)} for part in (80, 20, 5)]
     [directory] = (folder / "dense").glob("gen-*/dense")
     vectors, truth = np.load(folder / "queries.npy"), np.load(folder / "truth.npy")
     found = []
