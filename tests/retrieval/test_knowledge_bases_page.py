@@ -109,7 +109,7 @@ def test_changes_do_what_the_page_says(said: dict[str, str]) -> None:
 
 def test_evaluations_print_what_the_page_says(said: dict[str, str]) -> None:
     tables = [text for line, text in said.items() if "evaluate --kb data/" in line]
-    assert len(tables) == 4
+    assert len(tables) == 5
     for one in tables:
         assert "95% interval" in one
         assert "latency in ms: p50" in one
