@@ -24,6 +24,7 @@ from nanochat.retrieval.document import Document, Hit
 from nanochat.tokenizer import Tokenizer
 
 MAX_QUERY = 1000  # characters that are searched for; a longer query loses its end
+THEN = " > "  # behind it a query says what is to be looked for next: a plan for whoever goes on, not searched for
 
 
 class Hop(NamedTuple):
@@ -51,8 +52,8 @@ Stop: TypeAlias = Callable[[Asking], bool]  # after a hop (the last of `hops`): 
 
 
 def as_written(asking: Asking) -> str:
-    """The query that the model wrote."""
-    return asking.written
+    """The query that the model wrote, without its plan (`THEN`)."""
+    return asking.written.partition(THEN)[0]
 
 
 def found_nothing(asking: Asking) -> bool:

@@ -23,7 +23,7 @@ from nanochat.data.world import Question, World
 from nanochat.engine.tools import Call, Request
 from nanochat.errors import UsageError
 from nanochat.rag.knowledge import Library, Searcher
-from nanochat.rag.multihop import SearchTool, documents_of
+from nanochat.rag.multihop import THEN, SearchTool, documents_of
 from nanochat.rag.prompt import heading
 from nanochat.rag.questions import RagQuestion
 from nanochat.rag.tasks import as_document, cite, cited_answer
@@ -135,10 +135,13 @@ def as_conversation(
 
 
 def chain_queries(world: World, question: Question) -> list[str]:
-    """What somebody who knows the way searches for: the name of each entity of the chain, and what to learn about it.
-    For a question that nothing answers: the name that it asks about."""
-    if question.hop_chain:
-        return [f"{world.name(entity)} {relation}" for entity, relation, _ in question.hop_chain]
+    """What somebody who knows the way searches for: the name of each entity of the chain, what to learn about it, and
+    behind `THEN` what is left to learn after that. To know the way is read off the question once, then the next query
+    only goes on with the one before. For a question that nothing answers: the name that it asks about."""
+    chain = question.hop_chain
+    if chain:
+        plans = (THEN.join(relation for _, relation, _ in chain[at:]) for at in range(len(chain)))
+        return [f"{world.name(entity)} {plan}" for (entity, _, _), plan in zip(chain, plans)]
     return [f"{asked_about(world, question)} {question.relation}"]
 
 

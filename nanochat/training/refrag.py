@@ -70,6 +70,8 @@ class RefragSettings(PolicySettings):
     """reinforcement learning after the supervised stage"""
     warm_start_steps: int = 1600
     """optimizer steps of the supervised stage (0: none, the source has learnt to search already)"""
+    warm_start_hops: int = 0
+    """hops of the supervised stage's questions at most (0: all of --max_hops); longer ones are left to the rewards"""
     warm_start_rows: int = 1
     """rows per forward pass and process of the supervised stage"""
     warm_start_lr_scale: float = 0.7
@@ -91,7 +93,7 @@ class RefragSettings(PolicySettings):
                 raise UsageError(f"--{flag} {getattr(self, flag)}: must be at least 1")
         if not 0 <= self.absent < 1:
             raise UsageError(f"--absent {self.absent}: must be at least 0 and below 1")
-        for flag in ("warm_start_steps", "warm_start_lr_scale"):
+        for flag in ("warm_start_steps", "warm_start_hops", "warm_start_lr_scale"):
             if not getattr(self, flag) >= 0:
                 raise UsageError(f"--{flag} {getattr(self, flag)}: must not be negative")
         if not (self.warm_start_steps or self.use_rewards):
@@ -191,11 +193,12 @@ def warm_start(
         warmup=TrainSettings.warmup, warmdown=TrainSettings.warmdown, eval_every=TrainSettings.eval_every,
         save_every=TrainSettings.save_every, log_every=TrainSettings.log_every,
     )  # fmt: skip
-    tasks = list(levels.train.values())
+    most = settings.warm_start_hops or settings.max_hops
+    tasks = list(levels.train.values())[:most]
     mixed = tasks[0] if len(tasks) == 1 else Mixture(tasks)
     per_trace = estimate_tokens(ChatSource(mixed, tokenizer, context, settings.seed), 50) / len(mixed)
     n = max(len(tasks) * 2, round(own.num_iterations * own.device_batch_size * context * rt.world_size / per_trace))
-    val = list(levels.val.values())
+    val = list(levels.val.values())[:most]
     train = traces_course(tasks, n)
     shuffle = not isinstance(train, Curriculum)
     return train_on_tasks(

@@ -55,6 +55,14 @@ def test_passages_that_became_one_document_do_not_crowd_out_the_next():
     assert [[d.id for d in hop.documents] for hop in hops_of(calls)] == [["a"], ["b", "c"]]
 
 
+def test_what_a_query_plans_is_not_searched_for():
+    shelf = Shelf()
+    calls = run(SearchTool(TOKENIZER, shelf, 1), " Torwick founder > birthplace > river", "Mara Velt > ", "a>b")
+    assert [queries for queries, _ in shelf.asked] == [["Torwick founder"], ["Mara Velt"], ["a>b"]]
+    assert [hop.query for hop in hops_of(calls)] == ["Torwick founder", "Mara Velt", "a>b"]
+    assert calls[0].text == " Torwick founder > birthplace > river"  # what the model wrote stays as it is
+
+
 def test_documents_are_numbered_on_and_shown_once():
     tool = SearchTool(TOKENIZER, Shelf(), 2)
     calls = run(tool, "Torwick founded", "Torwick born in Brimholt", "nothing at all here ever")

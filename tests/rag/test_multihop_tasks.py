@@ -64,6 +64,17 @@ def test_a_trace_is_right_and_masked_as_it_should_be() -> None:
     assert kinds == {True, False}
 
 
+def test_each_query_goes_on_with_the_plan_of_the_one_before() -> None:
+    task = MultiHopWorld((3,), n=20, absent=0.0, top_k=1)
+    for i in range(len(task)):
+        chain = task.question(i).hop_chain
+        queries = [part["text"].strip().split(" > ") for part in parts(task[i]) if part["type"] == "search"]
+        assert [len(query) for query in queries] == [3, 2, 1]
+        assert [query[1:] for query in queries] == [[r for _, r, _ in chain[at + 1 :]] for at in range(3)]
+        for (first, *_), (entity, relation, _) in zip(queries, chain):
+            assert first == f"{task.world(i)[0].name(entity)} {relation}"
+
+
 def test_traces_look_first_and_decide_then() -> None:
     task = MultiHopWorld((1,), n=80, absent=0.99, top_k=1)
     kinds = set()
