@@ -64,7 +64,7 @@ class Profile:
 
 RAG_LEN = 1024  # tokens of a row of contexts
 PROFILES = {
-    "cpu": Profile(120, 1000, 40, 2048, 4, 128, 256, 8, 400, 500, 50, 3000, 1, 3, 1500, 12),
+    "cpu": Profile(120, 1000, 40, 2048, 4, 128, 256, 8, 400, 500, 50, 3000, 1, 3, 1800, 12),
     "gpu": Profile(1000, 8000, 60, 2048, 6, 384, 512, 32, 1200, 1000, 100, 4000, 8, 5, 3000, 100),
 }
 
@@ -174,7 +174,7 @@ def plan(settings: QuickstartSettings) -> Plan:
         ),
         RefragSettings(**search, warm_start_steps=steps(p.refrag_steps), use_rewards=False),
         RefragSettings(**search, source="refrag_sft", warm_start_steps=0, num_iterations=steps(p.refrag_rounds),
-                       eval_prompts=32, curriculum="none"),
+                       eval_prompts=64, eval_every=4, curriculum="none", oversample=4, max_rows=128),
         f"world:seed={settings.world_seed + 1},known=10,new={p.new}",
         {
             "closed_book_known_em": f"world-qa:{world},split=known,{asked},style=sentence",
