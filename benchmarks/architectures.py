@@ -2,7 +2,7 @@
 
     python -m benchmarks.architectures [--patterns transformer mamba mamba2 hybrid ...] [--depth 4] [--d_model 256]
         [--parts training prefill decode quality] [--contexts 512 4096 32768] [--device cpu]
-        [--steps 400] [--sequence_len 256] [--data world:seed=0,known=200] [--passkey 256 512 1024]
+        [--threads 0] [--steps 200] [--sequence_len 256] [--data world:seed=0,known=200] [--passkey 256 512 1024]
 
 All have the same depth and width; the MLP behind M and M2 blocks is sized so that the blocks of every pattern hold as
 many parameters (within 1%). Training: fastest step of 1 row of each length, and the peak memory of a step. Prefill: one
@@ -42,6 +42,7 @@ from nanochat.model.config import ModelConfig
 from nanochat.model.lm import LM
 from nanochat.model.mixer import State
 from nanochat.report import read_log
+from nanochat.runtime import setup
 from nanochat.training.commands import TokenizerSettings, train_base, train_tokenizer
 from nanochat.training.settings import BaseSettings
 
@@ -54,7 +55,7 @@ Rows, Ratios = list[dict[str, Any]], dict[str, float | None]
 
 def main() -> None:
     args = arguments().parse_args()
-    device = torch.device(args.device)
+    device = setup(args.device, threads=args.threads).device
     models = {name: config_at_equal_size(name, args.depth, args.d_model, args.vocab_size) for name in args.patterns}
     rows: Rows = [{"what": f"MLP {mlp(c)}", "pattern": name, "parameters": sized(c)} for name, c in models.items()]
     ratios: Ratios = {}
@@ -82,7 +83,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--contexts", nargs="*", type=int, default=[512, 2048, CLAIMED, 32768])
     parser.add_argument("--longest_pass", type=int, default=CLAIMED, help="longest row to train and to prefill")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--steps", type=int, default=400, help="of the training for quality")
+    parser.add_argument("--threads", type=int, default=0, help="on a CPU (0: all cores)")
+    parser.add_argument("--steps", type=int, default=200, help="of the training for quality")
     parser.add_argument("--rows", type=int, default=8, help="of a step of it")
     parser.add_argument("--sequence_len", type=int, default=256, help="tokens of such a row")
     parser.add_argument("--data", default="world:seed=0,known=200", help="text to train on, as in base_train")
@@ -205,10 +207,12 @@ def decode(models: dict[str, ModelConfig], lengths: list[int], device: torch.dev
 
 
 def behind(model: LM, context: int, room: int) -> tuple[LM, list[State]]:
-    """States as after `context` tokens: what stands in a cache does not change the time."""
+    """States as after `context` tokens: what stands in them does not change the time."""
     states = model.init_states(1, context + room + 8)
     for state in states:
         if isinstance(state, KVState):
+            state.k.normal_()  # zeros that nobody wrote would all be one page of memory, which stays in the cache
+            state.v.normal_()
             state.lengths = [context]
     return model, states
 

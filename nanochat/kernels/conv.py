@@ -18,7 +18,7 @@ from nanochat.kernels.external import conv_causal_conv1d, run
 from nanochat.kernels.segments import resets, state_dtype
 
 MAX_TAPS = 4  # of the Triton kernel, which keeps the inputs under the window in registers
-BLOCK = 1 << 18  # elements of a few rows that stay in a CPU's cache while the taps pass over them
+BLOCK = 1 << 18  # elements that stay in a CPU's cache while the taps pass over them: a few rows, or a part of one
 
 
 def causal_conv(
@@ -133,7 +133,7 @@ def _inside(segments_BT: Tensor, n_kernel: int) -> Tensor:
 
 
 class _ShiftedConv(torch.autograd.Function):
-    """One multiply-add a tap, over a few rows of the batch at a time so that every tap finds them in cache."""
+    """One multiply-add a tap, over a block of inputs at a time so that every tap finds them in cache."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
@@ -143,21 +143,21 @@ class _ShiftedConv(torch.autograd.Function):
         bias = taps_KE.new_zeros(taps_KE.shape[1]) if bias_E is None else bias_E.to(dtype)
         linear_BTE = torch.empty_like(x_BTE, memory_format=torch.contiguous_format)
         y_BTE = torch.empty_like(linear_BTE) if activation else linear_BTE
-        for rows in _row_blocks(x_BTE):
-            x, before, linear = x_BTE[rows].to(dtype), past[rows].to(dtype), linear_BTE[rows]
+        for block in _blocks(x_BTE, past.shape[1]):
+            x, before, linear = x_BTE[block].to(dtype), _before(block, x_BTE, past).to(dtype), linear_BTE[block]
             out = linear if linear.dtype == dtype else torch.empty_like(x)
             torch.addcmul(bias, x, taps_KE[0], out=out)
             for lag in range(1, len(taps_KE)):
-                source = x[:, :-lag] if inside is None else x[:, :-lag] * inside[lag, rows, lag:, None]
+                source = x[:, :-lag] if inside is None else x[:, :-lag] * inside[(lag, *block)][:, lag:, None]
                 out[:, lag:].addcmul_(source, taps_KE[lag])
                 head = before[:, before.shape[1] - lag :][:, : out.shape[1]]
                 if inside is not None:
-                    head = head * inside[lag, rows, :lag, None]
+                    head = head * inside[(lag, *block)][:, :lag, None]
                 out[:, :lag].addcmul_(head, taps_KE[lag])
             if out is not linear:
                 linear.copy_(out)
             if activation:
-                torch.ops.aten.silu.out(linear, out=y_BTE[rows])
+                torch.ops.aten.silu.out(linear, out=y_BTE[block])
         ctx.save_for_backward(x_BTE, weight_EK, past, inside, linear_BTE if activation else None)
         ctx.bias_dtype = None if bias_E is None else bias_E.dtype
         return y_BTE
@@ -171,30 +171,49 @@ class _ShiftedConv(torch.autograd.Function):
         dx_BTE = torch.empty_like(x_BTE, memory_format=torch.contiguous_format)
         dpast, dtaps_KE = torch.zeros_like(past, dtype=dtype), torch.zeros_like(taps_KE)
         dbias_E = torch.zeros_like(taps_KE[0])
-        for rows in _row_blocks(x_BTE):
-            x, before, grad = x_BTE[rows].to(dtype), past[rows].to(dtype), dy_BTE[rows]
+        for block in reversed(_blocks(x_BTE, past.shape[1])):
+            rows, times = block
+            x, before, grad = x_BTE[block].to(dtype), _before(block, x_BTE, past).to(dtype), dy_BTE[block]
             if linear_BTE is not None:
-                grad = torch.ops.aten.silu_backward(grad, linear_BTE[rows])
+                grad = torch.ops.aten.silu_backward(grad, linear_BTE[block])
             grad = grad.to(dtype)
             dbias_E += grad.sum((0, 1))
             dx = grad * taps_KE[0]
             dtaps_KE[0] += (grad * x).sum((0, 1))
+            if times.stop < x_BTE.shape[1]:  # what the block behind this one, done before, found for this one's end
+                dx[:, dx.shape[1] - dpast.shape[1] :] += dpast[rows]
+                dpast[rows] = 0.0
             for lag in range(1, len(taps_KE)):
-                late = grad if inside is None else grad * inside[lag, rows, :, None]
+                late = grad if inside is None else grad * inside[lag, rows, times, None]
                 head, late = late[:, :lag], late[:, lag:]
                 dx[:, : late.shape[1]].addcmul_(late, taps_KE[lag])
                 part = slice(before.shape[1] - lag, before.shape[1] - lag + head.shape[1])
                 dpast[rows, part].addcmul_(head, taps_KE[lag])
                 dtaps_KE[lag] += (late * x[:, :-lag]).sum((0, 1)) + (head * before[:, part]).sum((0, 1))
-            dx_BTE[rows] = dx
+            dx_BTE[block] = dx
         dbias = None if ctx.bias_dtype is None else dbias_E.to(ctx.bias_dtype)
         return dx_BTE, dtaps_KE.flip(0).t().to(weight_EK.dtype), dbias, dpast.to(past.dtype), None, None
 
 
-def _row_blocks(x_BTE: Tensor) -> list[slice]:
+def _blocks(x_BTE: Tensor, n_past: int) -> list[tuple[slice, slice]]:
+    """Rows and times of each block, in order; a block is never shorter than what the next one needs of it."""
     n_batch, n_time, n_inner = x_BTE.shape
-    step = n_batch if x_BTE.device.type != "cpu" else max(1, BLOCK // (n_time * n_inner))
-    return [slice(i, i + step) for i in range(0, n_batch, step)]
+    if x_BTE.device.type != "cpu":
+        return [(slice(0, n_batch), slice(0, n_time))]
+    n_row, n_step = max(1, BLOCK // (n_time * n_inner)), min(n_time, max(n_past, 1, BLOCK // n_inner))
+    starts = range(0, max(1, n_time - max(0, n_past - 1)), n_step)
+    stops = [*starts[1:], n_time]
+    return [
+        (slice(row, min(row + n_row, n_batch)), slice(*times))
+        for row in range(0, n_batch, n_row)
+        for times in zip(starts, stops, strict=True)
+    ]
+
+
+def _before(block: tuple[slice, slice], x_BTE: Tensor, past: Tensor) -> Tensor:
+    """The K-1 inputs before a block."""
+    rows, times = block
+    return past[rows] if times.start == 0 else x_BTE[rows, times.start - past.shape[1] : times.start]
 
 
 def _causal_conv_triton(*inputs: Any) -> tuple[Tensor, Tensor]:

@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nanochat.kernels.blas import single_rows
 from nanochat.kernels.dispatch import choose
 from nanochat.kernels.external import run, scan_mamba_ssm
 from nanochat.kernels.segments import padding, resets, state_dtype
 
 # Steps between saved states: long enough to hide the cost of a call, short enough for three buffers in cache.
-CHUNK_MIN, CHUNK_MAX, CHUNK_ELEMENTS = 16, 32, 1 << 20
+CHUNK_MIN, CHUNK_MAX, CHUNK_ELEMENTS = 16, 32, 1 << 19
 STEP_ELEMENTS = 1 << 15  # states of the rows that one CPU multiply-add advances
 MAX_STATE = 64  # of a channel: what the Triton kernels hold in registers
 
@@ -126,7 +127,8 @@ def _selective_scan_step_torch(
     delta = _step_size(delta_BE, bias_E, dtype).to(dtype)
     state_BEN.mul_(((delta / LOG_2)[:, :, None] * A_EN).exp2_())
     state_BEN.addcmul_((delta * u)[:, :, None], B_BN.to(dtype)[:, None, :])
-    y_BE = torch.bmm(C_BN.to(dtype)[:, None, :], state_BEN.mT)[:, 0]
+    with single_rows():
+        y_BE = torch.bmm(C_BN.to(dtype)[:, None, :], state_BEN.mT)[:, 0]
     return _gated(y_BE.addcmul_(u, D_E.to(dtype)).to(u_BE.dtype), gate_BE)
 
 
@@ -244,6 +246,7 @@ class _ChunkedScan(torch.autograd.Function):
     """`delta` decides the dtype of the recurrence; the other inputs are converted a chunk at a time."""
 
     @staticmethod
+    @single_rows()
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         u, delta, A_EN, B, C, D_E, state_BEN, reset_BT = inputs
         y_BTE = torch.empty_like(u, memory_format=torch.contiguous_format)
@@ -259,6 +262,7 @@ class _ChunkedScan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @single_rows()
     def backward(ctx: Any, dy_BTE: Tensor, dlast_BEN: Tensor) -> tuple[Tensor | None, ...]:
         u, delta, A_EN, B, C, D_E, reset_BT, before_ZBNE = ctx.saved_tensors
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u, delta, B, C)]

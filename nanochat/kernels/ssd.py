@@ -20,13 +20,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nanochat.kernels import external
+from nanochat.kernels.blas import single_rows
 from nanochat.kernels.dispatch import choose
 from nanochat.kernels.segments import padding, resets, state_dtype
 
 CHUNK = 64
 LOWEST = -104.0  # exponent of a decay that is zero in float32
 TRITON_WIDTH, TRITON_STATE = 128, 256  # the largest head and state whose tiles a GPU's shared memory holds
-BLOCK = 1 << 18  # elements of the (Q, Q) decays of a few rows that stay in a CPU's cache
+BLOCK = 1 << 18  # elements of the (Q, Q) decays of a few chunks that stay in a CPU's cache
 
 
 def ssd(
@@ -105,7 +106,8 @@ def _ssd_step_torch(
     rows = state_BHPN.view(n_batch, n_group, -1, n_state)
     rows.addcmul_((x * dt[:, :, None]).view(n_batch, n_group, -1, 1), B[:, :, None, :])
     # vector times transposed matrix: the other order is five times slower in MKL's batched product
-    y = torch.bmm(C.reshape(-1, 1, n_state), rows.flatten(0, 1).mT).view(n_batch, n_head, n_width)
+    with single_rows():
+        y = torch.bmm(C.reshape(-1, 1, n_state), rows.flatten(0, 1).mT).view(n_batch, n_head, n_width)
     return y.addcmul_(x, D_H.to(dtype)[:, None]).to(x_BHP.dtype)
 
 
@@ -166,23 +168,23 @@ class _Decays(NamedTuple):
 
 
 class _Chunks:
-    """Rows of a batch cut into chunks, (Y, Q, ...) with Y = rows * Z chunks, in the dtype of the recurrence."""
+    """Some chunks of some rows, (Y, Q, ...) with Y = rows * Z chunks, in the dtype of the recurrence."""
 
-    def __init__(self, rows: slice, inputs: tuple[Tensor, ...], document_BT: Tensor | None):
+    def __init__(self, rows: slice, chunks: slice, inputs: tuple[Tensor, ...], document_BT: Tensor | None):
         x, dt, A_H, B, C = inputs
-        n_time = x.shape[1]
-        self.dtype = dt.dtype
-        self.size = min(CHUNK, n_time)
-        self.n_chunk = -(-n_time // self.size)
-        self.pad = self.n_chunk * self.size - n_time
-        self.x_YQHP, self.dt_YQH, self.B_YQGN, self.C_YQGN = (self.cut(v[rows]) for v in (x, dt, B, C))
+        self.rows, self.dtype = rows, dt.dtype
+        self.size = min(CHUNK, x.shape[1])
+        self.n_chunk = chunks.stop - chunks.start
+        self.times = slice(chunks.start * self.size, min(chunks.stop * self.size, x.shape[1]))
+        self.pad = chunks.stop * self.size - self.times.stop
+        self.x_YQHP, self.dt_YQH, self.B_YQGN, self.C_YQGN = (self.cut(v) for v in (x, dt, B, C))
         self.n_group = B.shape[2]
         self.A_H = A_H.to(self.dtype)
-        self.document_ZQ = None if document_BT is None else self.documents(document_BT[rows])
-        self.decays = self.make_decays()
+        self.document_BZQ = None if document_BT is None else self.documents(document_BT)
+        self.decays = self.make_decays(document_BT)
 
     def cut(self, v: Tensor) -> Tensor:
-        v = v.to(self.dtype)
+        v = v[self.rows, self.times].to(self.dtype)
         if self.pad:
             v = F.pad(v, (0, 0) * (v.dim() - 2) + (0, self.pad))
         return v.reshape(-1, self.size, *v.shape[2:])
@@ -193,28 +195,31 @@ class _Chunks:
         return v[:, : v.shape[1] - self.pad]
 
     def documents(self, document_BT: Tensor) -> Tensor:
-        document = F.pad(document_BT, (0, self.pad), mode="replicate") if self.pad else document_BT
-        return document.view(-1, self.n_chunk, self.size)
+        document = document_BT[self.rows, self.times]
+        document = F.pad(document, (0, self.pad), mode="replicate") if self.pad else document
+        return document.reshape(-1, self.n_chunk, self.size)
 
-    def make_decays(self) -> _Decays:
+    def make_decays(self, document_BT: Tensor | None) -> _Decays:
         # sums over a chunk in float64: their differences keep all digits of a float32, for 5% of the time
         wide = torch.float64 if self.dt_YQH.device.type == "cpu" else self.dtype
         # exp2 takes half of exp's time on a CPU
         cum_YQH = torch.cumsum(self.dt_YQH.to(wide) * (self.A_H.to(wide) / math.log(2)), 1)
         cum_YHQ = cum_YQH.transpose(1, 2).contiguous()
         to_end, from_start, whole = cum_YQH[:, -1:] - cum_YQH, cum_YQH.clone(), cum_YQH[:, -1].clone()
-        # minus infinity before exp2: what lies above the diagonal is positive and would overflow
-        mask = torch.full((self.size, self.size), -torch.inf, dtype=wide, device=to_end.device).triu(1)
-        if self.document_ZQ is not None:
-            inside = self.document_ZQ.flatten(0, 1)
-            mask = mask.masked_fill(inside[:, :, None] != inside[:, None, :], -torch.inf)[:, None]
-            last = self.document_ZQ[:, :, -1:]
-            before = F.pad(last[:, :-1], (0, 0, 1, 0))  # a row's first document is number 0
-            to_end.masked_fill_((self.document_ZQ != last).flatten(0, 1)[:, :, None], -torch.inf)
-            from_start.masked_fill_((self.document_ZQ != before).flatten(0, 1)[:, :, None], -torch.inf)
+        pair = torch.sub(cum_YHQ[:, :, :, None], cum_YHQ[:, :, None, :]).to(self.dtype)
+        if document_BT is not None:
+            assert self.document_BZQ is not None
+            inside = self.document_BZQ.flatten(0, 1)
+            pair.masked_fill_((inside[:, :, None] != inside[:, None, :])[:, None], -torch.inf)
+            last = self.document_BZQ[:, :, -1:]
+            first = self.times.start  # a row's first document is number 0
+            ahead = document_BT[self.rows, first - 1, None] if first else torch.zeros_like(last[:, 0])
+            before = torch.cat((ahead[:, None], last[:, :-1]), 1)
+            to_end.masked_fill_((self.document_BZQ != last).flatten(0, 1)[:, :, None], -torch.inf)
+            from_start.masked_fill_((self.document_BZQ != before).flatten(0, 1)[:, :, None], -torch.inf)
             whole.masked_fill_((last != before).view(-1, 1), -torch.inf)
-        pair = torch.sub(cum_YHQ[:, :, :, None], cum_YHQ[:, :, None, :]).add_(mask)
-        return _Decays(*(v.to(self.dtype).exp2_() for v in (pair, to_end, from_start, whole)))
+        # above the diagonal stand decays from later steps, up to infinity
+        return _Decays(pair.exp2_().tril_(), *(v.to(self.dtype).exp2_() for v in (to_end, from_start, whole)))
 
     def by_group(self, v_YQ: Tensor) -> Tensor:
         """(Y, Q, H, P) to (Y * G, Q, R * P): the R heads of a group side by side, for one matmul."""
@@ -263,20 +268,21 @@ class _ChunkedSSD(torch.autograd.Function):
         x, dt, A, B, C, D, state_BHPN, document = inputs
         y_BTHP = torch.empty_like(x, memory_format=torch.contiguous_format)
         last_BHPN = torch.empty_like(state_BHPN, dtype=dt.dtype, memory_format=torch.contiguous_format)
+        last_BHPN.copy_(state_BHPN)
         n_chunk = -(-x.shape[1] // CHUNK)
         entering_BZHPN = dt.new_empty(x.shape[0], n_chunk, *state_BHPN.shape[1:])
-        for rows in _row_blocks(x):
-            c = _Chunks(rows, (x, dt, A, B, C), document)
+        for rows, chunks in _blocks(x):
+            c = _Chunks(rows, chunks, (x, dt, A, B, C), document)
             B_, C_ = c.by_group(c.B_YQGN), c.by_group(c.C_YQGN)
             xdt = c.x_YQHP * c.dt_YQH[..., None]
             local = torch.bmm(c.by_group(xdt * c.decays.to_end_YQH[..., None]).mT, B_)
-            entering = entering_BZHPN[rows]
-            last_BHPN[rows] = c.carry(state_BHPN[rows].to(dt.dtype), local, entering)
+            entering = entering_BZHPN[rows, chunks]
+            last_BHPN[rows] = c.carry(last_BHPN[rows], local, entering)
             y = c.from_group(torch.bmm(C_, entering.view(local.shape).mT)).mul_(c.decays.from_start_YQH[..., None])
             y.addcmul_(c.x_YQHP, D.to(dt.dtype)[:, None])
             weights = c.with_scores(c.decays.pair_YHQQ, torch.bmm(C_, B_.mT), out=c.decays.pair_YHQQ)
             y += c.from_heads(torch.bmm(weights.flatten(0, 1), c.by_head(xdt)))
-            y_BTHP[rows] = c.join(y)
+            y_BTHP[rows, c.times] = c.join(y)
         ctx.save_for_backward(x, dt, A, B, C, D, document, entering_BZHPN)
         ctx.state_dtype = state_BHPN.dtype
         return y_BTHP, last_BHPN
@@ -287,22 +293,23 @@ class _ChunkedSSD(torch.autograd.Function):
         x, dt, A, B, C, D, document, entering_BZHPN = ctx.saved_tensors
         dx, ddt, dB, dC = (torch.empty_like(v, memory_format=torch.contiguous_format) for v in (x, dt, B, C))
         dA, dD = torch.zeros_like(A, dtype=dt.dtype), torch.zeros_like(D, dtype=dt.dtype)
-        dstate_BHPN = torch.empty_like(dlast_BHPN)
-        for rows in _row_blocks(x):
-            c = _Chunks(rows, (x, dt, A, B, C), document)
-            dy = c.cut(dy_BTHP[rows])
+        dstate_BHPN = dlast_BHPN.clone()
+        for rows, chunks in reversed(_blocks(x)):
+            c = _Chunks(rows, chunks, (x, dt, A, B, C), document)
+            dy = c.cut(dy_BTHP)
             xdt = c.x_YQHP * c.dt_YQH[..., None]
             dexponent, dxdt, dB_, dC_ = _diagonal_gradients(c, dy, xdt)
             dstate_BHPN[rows] = _state_gradients(
-                c, dy, xdt, entering_BZHPN[rows], dlast_BHPN[rows], (dexponent, dxdt, dB_, dC_)
+                c, dy, xdt, entering_BZHPN[rows, chunks], dstate_BHPN[rows], (dexponent, dxdt, dB_, dC_)
             )
             # where a decay is zero so is its gradient, which the sums of differences only have to rounding
             dexponent.masked_fill_(c.dt_YQH * c.A_H < LOWEST, 0.0)
             dD += (dy * c.x_YQHP).sum((0, 1, 3))
             dA += (dexponent * c.dt_YQH).sum((0, 1))
-            ddt[rows] = c.join((dxdt * c.x_YQHP).sum(-1).addcmul_(dexponent, c.A_H))
-            dx[rows] = c.join(dxdt.mul_(c.dt_YQH[..., None]).addcmul_(dy, D.to(dt.dtype)[:, None]))
-            dB[rows], dC[rows] = (c.join(c.from_group(v, c.B_YQGN.shape)) for v in (dB_, dC_))
+            part = rows, c.times
+            ddt[part] = c.join((dxdt * c.x_YQHP).sum(-1).addcmul_(dexponent, c.A_H))
+            dx[part] = c.join(dxdt.mul_(c.dt_YQH[..., None]).addcmul_(dy, D.to(dt.dtype)[:, None]))
+            dB[part], dC[part] = (c.join(c.from_group(v, c.B_YQGN.shape)) for v in (dB_, dC_))
         return dx, ddt, dA.to(A.dtype), dB, dC, dD.to(D.dtype), dstate_BHPN.to(ctx.state_dtype), None
 
 
@@ -356,10 +363,17 @@ def _reverse_cumsum(v_YQH: Tensor) -> Tensor:
     return v_YQH.flip(1).cumsum(1).flip(1)
 
 
-def _row_blocks(x_BTHP: Tensor) -> list[slice]:
+def _blocks(x_BTHP: Tensor) -> list[tuple[slice, slice]]:
+    """Rows and chunks that are computed together, in the order of time: whole rows, or a part of one."""
     n_batch, n_time, n_head, _ = x_BTHP.shape
-    step = n_batch if x_BTHP.device.type != "cpu" else max(1, BLOCK // (n_time * n_head * CHUNK))
-    return [slice(i, i + step) for i in range(0, n_batch, step)]
+    n_chunk = -(-n_time // CHUNK)
+    fit = n_batch * n_chunk if x_BTHP.device.type != "cpu" else max(1, BLOCK // (n_head * min(CHUNK, n_time) ** 2))
+    n_row, n_part = max(1, fit // n_chunk), min(fit, n_chunk)
+    return [
+        (slice(row, row + n_row), slice(chunk, min(chunk + n_part, n_chunk)))
+        for row in range(0, n_batch, n_row)
+        for chunk in range(0, n_chunk, n_part)
+    ]
 
 
 SSD: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {

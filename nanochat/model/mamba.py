@@ -20,10 +20,15 @@ DT_MIN, DT_MAX = 1e-3, 0.1  # the range of step sizes at initialisation
 
 
 class SSMState(State):
-    """The last K-1 inputs of the convolution and the hidden state: the same size whatever the length of the past."""
+    """The last K-1 inputs of the convolution and the hidden state: the same size whatever the length of the past.
+
+    `derived`: what single steps take from the layer's weights, made at the first of them. A state is of no use to other
+    weights, so it lives as long as what it is made of.
+    """
 
     def __init__(self, conv: Tensor, h: Tensor) -> None:
         self.conv, self.h = conv, h
+        self.derived: tuple[Tensor, Tensor] | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         return {"conv": self.conv, "h": self.h}
@@ -34,6 +39,13 @@ class SSMState(State):
     def restore(self, snapshot: State) -> None:
         assert isinstance(snapshot, SSMState)
         self.conv, self.h = snapshot.conv.clone(), snapshot.h.clone()
+
+    def of_weights(self, A_log: Tensor, conv_weight_EK: Tensor) -> tuple[Tensor, Tensor]:
+        """A and the convolution's weight, on a CPU with its taps one after the other."""
+        if self.derived is None:
+            weight = conv_weight_EK if A_log.is_cuda else conv_weight_EK.t().contiguous().t()
+            self.derived = -torch.exp(A_log.to(self.h.dtype)), weight
+        return self.derived
 
 
 def init_dt_bias(bias: Tensor) -> None:
@@ -93,6 +105,9 @@ class Mamba(Mixer):
         value_BTC: Tensor | None = None,
     ) -> Tensor:
         x, z = self.in_proj(x_BTD).chunk(2, dim=-1)
+        if state is not None and x.size(1) == 1 and ragged is None and segments_BT is None:
+            assert isinstance(state, SSMState)
+            return self.out_proj(self.step(x[:, 0], z[:, 0], state)[:, None])
         A = -torch.exp(self.A_log.to(state_dtype(x_BTD.dtype)))
         if state is None:
             x, _ = causal_conv(x, self.conv_weight, self.conv_bias, segments_BT=segments_BT)
@@ -102,8 +117,6 @@ class Mamba(Mixer):
             )
             return self.out_proj(y)
         assert isinstance(state, SSMState)
-        if x.size(1) == 1 and ragged is None and segments_BT is None:
-            return self.out_proj(self.step(x[:, 0], z[:, 0], A, state)[:, None])
         lengths = None
         if ragged is not None:
             x, lengths = ragged.pad(x), ragged.tensor
@@ -118,8 +131,9 @@ class Mamba(Mixer):
         y, state.h = selective_scan(x, delta, A, B, C, self.D, state.h, segments_BT, lengths, self.dt_bias, z)
         return self.out_proj(ragged.flat(y) if ragged is not None else y)
 
-    def step(self, x_BE: Tensor, z_BE: Tensor, A: Tensor, state: SSMState) -> Tensor:
+    def step(self, x_BE: Tensor, z_BE: Tensor, state: SSMState) -> Tensor:
         """One token of every row, the state updated in place."""
-        x = causal_conv_step(x_BE, self.conv_weight, self.conv_bias, state.conv)
+        A, conv_weight = state.of_weights(self.A_log, self.conv_weight)
+        x = causal_conv_step(x_BE, conv_weight, self.conv_bias, state.conv)
         delta, B, C = self.maps(x)
         return selective_scan_step(x, delta, A, B, C, self.D, state.h, self.dt_bias, z_BE)

@@ -65,16 +65,15 @@ class Mamba2(Mixer):
     ) -> Tensor:
         z, xBC, dt = self.in_proj(x_BTD).split((self.E, self.n_conv, self.H), dim=-1)
         dt = F.softplus(dt.to(state_dtype(dt.dtype)) + self.dt_bias)
+        if state is not None and xBC.size(1) == 1 and ragged is None and segments_BT is None:
+            assert isinstance(state, SSMState)
+            return self.gate(self.step(xBC[:, 0], dt[:, 0], state)[:, None], z)
         A = -torch.exp(self.A_log.to(state_dtype(x_BTD.dtype)))
         if state is None:
             xBC, _ = causal_conv(xBC, self.conv_weight, self.conv_bias, segments_BT=segments_BT)
             y, _ = ssd(*self.arguments(xBC, dt, A), segments_BT=segments_BT)
             return self.gate(y.flatten(-2), z)
         assert isinstance(state, SSMState)
-        if xBC.size(1) == 1 and ragged is None and segments_BT is None:
-            xBC = causal_conv_step(xBC[:, 0], self.conv_weight, self.conv_bias, state.conv)
-            y = ssd_step(*self.arguments(xBC, dt[:, 0], A), state.h)
-            return self.gate(y.flatten(-2)[:, None], z)
         lengths = None
         if ragged is not None:
             xBC, dt, lengths = ragged.pad(xBC), ragged.pad(dt), ragged.tensor
@@ -84,6 +83,12 @@ class Mamba2(Mixer):
         y, state.h = ssd(*self.arguments(xBC, dt, A), state.h, segments_BT, lengths)
         y = y.flatten(-2)
         return self.gate(ragged.flat(y) if ragged is not None else y, z)
+
+    def step(self, xBC: Tensor, dt_BH: Tensor, state: SSMState) -> Tensor:
+        """One token of every row, (B, E), the state updated in place."""
+        A, conv_weight = state.of_weights(self.A_log, self.conv_weight)
+        xBC = causal_conv_step(xBC, conv_weight, self.conv_bias, state.conv)
+        return ssd_step(*self.arguments(xBC, dt_BH, A), state.h).flatten(-2)
 
     def arguments(self, xBC: Tensor, dt: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         x, B, C = self.split(xBC)

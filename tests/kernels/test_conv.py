@@ -26,6 +26,14 @@ def test_matches_the_oracle(n_time: int, packed: bool, activation: bool) -> None
     compare(causal_conv, causal_conv_ref, tensors, 1e-5, activation=activation, **options)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("n_time", [2, 7, 24])
+def test_long_rows_in_parts(n_time: int, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nanochat.kernels.conv.BLOCK", 1)  # of three steps: as many as the next part needs
+    segments = documents(2, n_time, 5) if packed else None
+    compare(causal_conv, causal_conv_ref, leaves(inputs(2, n_time), torch.float32), 1e-5, segments_BT=segments)
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 12), st.integers(1, 4), st.integers(1, 5), st.data())
 def test_any_shape(n_batch: int, n_time: int, n_inner: int, n_kernel: int, data: st.DataObject) -> None:

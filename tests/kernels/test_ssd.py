@@ -38,6 +38,13 @@ def test_matches_the_oracle(n_time: int, packed: bool) -> None:
     compare(ssd, ssd_ref, leaves(inputs(2, n_time), torch.float32), 1e-5, **options)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_long_rows_in_parts(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nanochat.kernels.ssd.BLOCK", 2 * 4 * 64 * 64)  # two chunks of four heads
+    segments = documents(2, 300, 40) if packed else None
+    compare(ssd, ssd_ref, leaves(inputs(2, 300), torch.float32), 3e-5, segments_BT=segments)
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 150), st.sampled_from([(1, 1), (2, 1), (2, 2), (6, 3)]), st.data())
 def test_any_shape(n_batch: int, n_time: int, heads: tuple[int, int], data: st.DataObject) -> None:
