@@ -144,15 +144,16 @@ class _ShiftedConv(torch.autograd.Function):
         linear_BTE = torch.empty_like(x_BTE, memory_format=torch.contiguous_format)
         y_BTE = torch.empty_like(linear_BTE) if activation else linear_BTE
         for block in _blocks(x_BTE, past.shape[1]):
+            rows, times = block
             x, before, linear = x_BTE[block].to(dtype), _before(block, x_BTE, past).to(dtype), linear_BTE[block]
             out = linear if linear.dtype == dtype else torch.empty_like(x)
             torch.addcmul(bias, x, taps_KE[0], out=out)
             for lag in range(1, len(taps_KE)):
-                source = x[:, :-lag] if inside is None else x[:, :-lag] * inside[(lag, *block)][:, lag:, None]
+                source = x[:, :-lag] if inside is None else x[:, :-lag] * inside[lag, rows, times][:, lag:, None]
                 out[:, lag:].addcmul_(source, taps_KE[lag])
                 head = before[:, before.shape[1] - lag :][:, : out.shape[1]]
                 if inside is not None:
-                    head = head * inside[(lag, *block)][:, :lag, None]
+                    head = head * inside[lag, rows, times][:, :lag, None]
                 out[:, :lag].addcmul_(head, taps_KE[lag])
             if out is not linear:
                 linear.copy_(out)
