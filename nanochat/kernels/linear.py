@@ -8,7 +8,9 @@ Measured with torch 2.13 and MKL on 2 AVX2 cores (24-29 GB/s), weights larger th
 
 The weight's rows are cut into equal parts (a view, nothing is copied) and multiplied as a batch, which torch spreads
 over the threads; with one thread there is nothing to spread. One or two rows are for MKL (`blas`): on 2 cores with
-AVX512 a layer of attention 512 wide takes .46 ms a token with oneDNN, .19 without. Letters: M rows of x, N outputs, K inputs.
+AVX512 a layer of attention 512 wide takes .46 ms a token with oneDNN, .19 without.
+
+Letters: M rows of x, N outputs, K inputs.
 """
 
 import torch
