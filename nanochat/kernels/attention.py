@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nanochat.kernels import attention_products, flash
+from nanochat.kernels import attention_cache, attention_products, flash
 from nanochat.kernels.dispatch import choose
 from nanochat.kernels.segments import document_starts
 
@@ -139,6 +139,9 @@ def _attention_sdpa(
     """Fused attention, without a mask wherever the shape of what is seen allows it."""
     n_time, n_source = q_BTHP.shape[1], k_BSGP.shape[1]
     window = 0 if window >= n_source else window
+    many = start is not None or q_BTHP.shape[0] * n_source >= attention_cache.MANY
+    if n_time == 1 and many and lengths is None and attention_cache.fits(q_BTHP, n_source):
+        return attention_cache.step(q_BTHP, k_BSGP, v_BSGP, window, start, scale)
     if start is None and lengths is None:
         if n_time == 1:  # the last position sees the last `window` keys
             if window:
@@ -187,7 +190,11 @@ def _masked(
             past = n_source - n_time
             keys = slice(max(0, past + begin - window + 1) if window else 0, past + rows.stop)
         mask = visible((n_batch, n_time), n_source, q_BTHP.device, segments_BT, window, lengths, start, rows, keys)
-        ys.append(_sdpa(q_BTHP[:, rows], k_BSGP[:, keys], v_BSGP[:, keys], scale, mask=mask[:, None]))
+        q, k, v = q_BTHP[:, rows], k_BSGP[:, keys], v_BSGP[:, keys]
+        if lengths is None and attention_cache.fits(q, k.shape[1]):  # every query sees itself at least
+            ys.append(attention_cache.masked(q, k, v, ~mask, scale))
+        else:
+            ys.append(_sdpa(q, k, v, scale, mask=mask[:, None]))
     return ys[0] if len(ys) == 1 else torch.cat(ys, 1)
 
 
@@ -197,6 +204,9 @@ def _causal(q_BTHP: Tensor, k_BTGP: Tensor, v_BTGP: Tensor, window: int, scale: 
     if not 0 < window < n_time:
         if attention_products.fits(q_BTHP, k_BTGP):
             return attention_products.causal(q_BTHP, k_BTGP, v_BTGP, scale)
+        if attention_cache.fits(q_BTHP, n_time):
+            at = torch.arange(n_time)
+            return attention_cache.masked(q_BTHP, k_BTGP, v_BTGP, (at > at[:, None])[None], scale)
         return _sdpa(q_BTHP, k_BTGP, v_BTGP, scale, is_causal=True)
     if n_time < 3 * window or window < WINDOW_MIN:
         return _masked(q_BTHP, k_BTGP, v_BTGP, None, window, None, None, scale)
