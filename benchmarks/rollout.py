@@ -7,8 +7,8 @@ all of different lengths; documents out of a BM25 knowledge base of the tiny wor
 script, so that all sides write the same tokens: the work of sampling is done, its outcome ignored. `generate` gets the
 same prompts, sorted by length and padded on the left, in the batch size that suits it best; between its turns results
 are appended, and it reads the whole conversation again, as loops over `generate` do (Search-R1's); its rows all write
-as long as the longest of the batch. Row by row and `generate` are measured on the first --baseline_rows rollouts and
-scaled. Ratios:
+as long as the longest of the batch. All sides compute in fp32, with the same threads and the same matmul precision. Row
+by row and `generate` are measured on the first --baseline_rows and --generate_rows rollouts and scaled. Ratios:
 
     batched_over_row_by_row   seconds of the rollouts one after the other / all at once
     batched_over_generate     seconds of `generate` / all at once
@@ -38,6 +38,7 @@ from nanochat.model.lm import LM
 from nanochat.rag.multihop import SearchTool
 from nanochat.rag.tasks import as_document
 from nanochat.retrieval import KnowledgeBase
+from nanochat.runtime import setup
 from nanochat.tokenizer import Tokenizer
 
 WORLD = World(3, 20, 400)
@@ -79,8 +80,9 @@ class Scripted(_Runner):
 def main() -> None:
     parser = argparse.ArgumentParser(description="Throughput of rollouts with searches")
     parser.add_argument("--rows", type=int, default=256)
-    parser.add_argument("--max_rows", type=int, default=128, help="rows that decode together")
-    parser.add_argument("--baseline_rows", type=int, default=64, help="rollouts that the slower sides make")
+    parser.add_argument("--max_rows", type=int, default=256, help="rows that decode together")
+    parser.add_argument("--baseline_rows", type=int, default=64, help="rollouts that are made row by row")
+    parser.add_argument("--generate_rows", type=int, default=64, help="rollouts that generate makes")
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--pattern", default="transformer")
@@ -89,10 +91,10 @@ def main() -> None:
     parser.add_argument("--top_k", type=int, default=2, help="documents a search")
     parser.add_argument("--hf", action=argparse.BooleanOptionalAction, default=True, help="measure generate as well")
     args = parser.parse_args()
+    setup("cpu", "float32")
     tokenizer = Tokenizer.train(open_corpus("world:seed=3,known=400,new=400").documents("train"), 2048)
     plans = make_plans(tokenizer, args.rows, args.thinking)
-    some = plans[: args.baseline_rows]
-    scale = len(plans) / len(some)
+    some, others = plans[: args.baseline_rows], plans[: args.generate_rows]
     with (
         tempfile.TemporaryDirectory(prefix="nanochat-rollout-") as directory,
         KnowledgeBase.create(Path(directory) / "kb", kind="bm25") as knowledge,
@@ -106,12 +108,15 @@ def main() -> None:
         searching = tool.seconds
         _, alone = timed(lambda: [roll(model, tokenizer, tool, [plan], 1) for plan in some])
         rows = [row("all at once", len(plans), batched, found), row("row by row", len(some), alone, found)]
-        ratios = {"batched_over_row_by_row": alone * scale / batched, "retrieval_share": searching / batched}
+        ratios = {
+            "batched_over_row_by_row": len(plans) / len(some) * alone / batched,
+            "retrieval_share": searching / batched,
+        }
         if args.hf:
-            sizes = {min(size, len(some)) for size in (32, 64)}
-            seconds = min(measure_generate(args, tokenizer, tool, some, size) for size in sizes)
-            rows.append(row("Hugging Face generate", len(some), seconds, found))
-            ratios["batched_over_generate"] = seconds * scale / batched
+            sizes = sorted({min(size, len(others)) for size in (32, 64, 128)})
+            times = {size: measure_generate(args, tokenizer, tool, others, size) for size in sizes}
+            rows += [row(f"generate, {size} together", len(others), s, found) for size, s in times.items()]
+            ratios["batched_over_generate"] = len(plans) / len(others) * min(times.values()) / batched
     report("rollout", rows, ratios)
 
 

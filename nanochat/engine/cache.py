@@ -42,36 +42,39 @@ def nbytes(states: Sequence[State]) -> int:
     return sum(state.nbytes for state in states)
 
 
-def join(batches: list[list[State]]) -> list[State]:
-    """The rows of several batches as one batch, in order. Empties `batches`, layer by layer, so that no more than one
-    layer is held twice."""
+def join(batches: list[list[State]], empty: Sequence[State], room: int = 0) -> list[State]:
+    """The rows of several batches as one batch, in order, with room for `room` more tokens in each. Empties `batches`,
+    layer by layer, so that no more than one layer is held twice. `empty`: states that have read nothing."""
     if len(batches) == 1:
         return batches.pop()
-    n_layers = len(batches[0])
     joined = []
-    for _ in range(n_layers):
+    for nothing in empty:
         layer = [batch.pop(0) for batch in batches]
-        joined.append(_join_layer(layer))
+        joined.append(_join_layer(layer, nothing, room))
     batches.clear()
     return joined
 
 
-def _join_layer(states: list[State]) -> State:
+def _join_layer(states: list[State], empty: State, room: int) -> State:
     # `State.map` visits the tensors in the order of `State.tensors`, batch first.
     parts = [list(state.tensors().values()) for state in states]
-    whole = iter([_cat([part[i] for part in parts]) for i in range(len(parts[0]))])
+    columns = [[part[i] for part in parts] for i in range(len(parts[0]))]
+    grow = [[growing(x, e) for x in column] for column, e in zip(columns, empty.tensors().values())]
+    whole = iter([_cat(x, next((d for d in dims if d is not None), None), room) for x, dims in zip(columns, grow)])
     return states[0].map(lambda _: next(whole))
 
 
-def _cat(parts: list[Tensor]) -> Tensor:
-    """Along the batch. Where another dimension (the tokens in a cache) differs, shorter ones get zeros behind."""
-    if len({part.shape[1:] for part in parts}) == 1:
+def _cat(parts: list[Tensor], d: int | None, room: int) -> Tensor:
+    """Along the batch. Where dimension d (the tokens in a cache) differs, shorter ones get zeros behind; all get room
+    for as many tokens more."""
+    if d is None:
         return torch.cat(parts)
-    largest = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts))]
-    out = parts[0].new_zeros(sum(part.size(0) for part in parts), *largest)
-    row = 0
+    shape = list(parts[0].shape)
+    shape[0], shape[d] = sum(part.size(0) for part in parts), max(part.size(d) for part in parts) + room
+    out, row = parts[0].new_empty(shape), 0
     for part in parts:
-        inside = (slice(row, row + part.size(0)), *(slice(n) for n in part.shape[1:]))
-        out[inside] = part
+        rows = out[row : row + part.size(0)]
+        rows.narrow(d, 0, part.size(d)).copy_(part)
+        rows.narrow(d, part.size(d), shape[d] - part.size(d)).zero_()
         row += part.size(0)
     return out

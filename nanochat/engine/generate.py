@@ -97,15 +97,11 @@ def prefill(
     """
     groups = list(read_in_groups(model, prompts, room, begun))
     order = [i for group in groups for i in group.rows]
-    several = len(groups) > 1
     hidden_BD = torch.cat([group.hidden_BD for group in groups])
-    states = cache.join([group.states for group in groups])
+    states = cache.join([group.states for group in groups], model.init_states(1), room)
     rows = sorted(range(len(order)), key=order.__getitem__)
     if rows != list(range(len(rows))):
         cache.select(states, rows)
-        several = True
-    if several:
-        cache.reserve(states, room)
     return states, hidden_BD[rows]
 
 
@@ -131,9 +127,8 @@ def read_in_groups(
         if begun is None:
             states = model.init_states(len(members), max(map(len, members)) + room)
         else:
-            states = cache.join([begun[i].states for i in rows])
-            if len(members) > 1:
-                cache.reserve(states, max(map(len, members)) + room)
+            more = max(map(len, members)) + room
+            states = cache.join([begun[i].states for i in rows], model.init_states(1), more)
         yield Read(rows, states, _read(model, members, states))
 
 
@@ -175,7 +170,7 @@ class Batch(Generic[AnyRow]):
         self.model = model
         self.rows: list[AnyRow] = []
         self.states: list[State] = []
-        self._slots: Slots | None = None  # made when rows join others
+        self._slots: Slots | None = None  # made when rows join others or leave them
         self.hidden_BD = torch.empty(0)
 
     @torch.no_grad()
@@ -197,7 +192,7 @@ class Batch(Generic[AnyRow]):
         """Rows that were read elsewhere go on here."""
         if self.rows:
             if self._slots is None:
-                self._slots = Slots(self.states, self.model.init_states(1))
+                self._slots = Slots(self.states, self.model.init_states(1), len(rows))
             self._slots.join(states)
             states, hidden_BD = self._slots.states, torch.cat((self.hidden_BD, hidden_BD))
         self.rows, self.states, self.hidden_BD = [*self.rows, *rows], states, hidden_BD
@@ -235,9 +230,9 @@ class Batch(Generic[AnyRow]):
         """Only these rows stay. Returns them in the order that they take now."""
         if not rows:
             self._slots, self.states = None, []
-        elif self._slots is None:
-            cache.select(self.states, rows)
         else:
+            if self._slots is None:
+                self._slots = Slots(self.states, self.model.init_states(1))
             rows = self._slots.keep(rows)
         self.rows = [self.rows[i] for i in rows]
         return rows

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from nanochat.engine import cache
@@ -16,44 +17,79 @@ from nanochat.model.mixer import State
 
 SPARE_TOKENS = 256  # room behind the longest row
 ROWS = 4  # room is made for so many rows at once
+COHORTS = 8  # more are counted as one
 
 
 class Slots:
     """`states` are those of the first `n` slots, and the model may advance them.
 
-    The rows of `states` are the first; `empty`: states that have read nothing.
+    The rows of `states` are the first; `empty`: states that have read nothing; `more`: how many rows will join soon.
+
+    Rows that came together (a cohort) stay side by side when others leave: they are of similar length, and attention
+    over a run of rows costs as much as if all were as long as the longest of them.
     """
 
-    def __init__(self, states: list[State], empty: Sequence[State]) -> None:
+    def __init__(self, states: list[State], empty: Sequence[State], more: int = 0) -> None:
         self.states = states
         self.n = next(iter(states[0].tensors().values())).size(0)
+        self._cohorts = [self.n]  # rows of each, in order
         self._dims = [[cache.growing(x, e) for x, e in zip(_tensors(s), _tensors(o))] for s, o in zip(states, empty)]
         self._room = (0, 0)  # rows, tokens
+        self._used = 0  # tokens: behind them all slots are zero
         self._full: list[list[Tensor]] = [[] for _ in states]  # by layer: the tensors with all their room
-        self._make_room(self.n, self._longest(states))
+        self._make_room(self.n + more, self._longest(states))
 
     def join(self, states: list[State]) -> None:
         """Append the rows of these states."""
-        n = self.n + next(iter(states[0].tensors().values())).size(0)
-        self._make_room(n, max(self._longest(self.states), self._longest(states)))
+        more = next(iter(states[0].tensors().values())).size(0)
+        longest = self._longest(self.states)
+        self._used = max(self._used, longest)
+        self._make_room(self.n + more, max(longest, self._longest(states)))
         for state, full, dims in zip(states, self._full, self._dims):
             for slots, x, d in zip(full, _tensors(state), dims):
-                _write(slots[self.n : n], x, d)
-        self.n = n
+                _write(slots[self.n : self.n + more], x, d, self._used)
+        self.n += more
+        self._cohorts.append(more)
+        if len(self._cohorts) > COHORTS:
+            self._merge_cohorts()
         self._show()
 
     def keep(self, rows: Sequence[int]) -> list[int]:
-        """Forget all other rows; the last rows move to the places that become free. Returns the new order."""
-        kept, later = set(rows), sorted(row for row in rows if row >= len(rows))
-        order = [place if place in kept else later.pop() for place in range(len(rows))]
+        """Forget all other rows; in each cohort the last rows move to the places that become free. Returns the new
+        order."""
+        order = self._order(set(rows))
+        longest = self._longest(self.states)
+        self._used = max(self._used, longest)
         self._write_back()
-        for slots in (slots for full in self._full for slots in full):
-            for place, row in enumerate(order):
-                if place != row:
-                    slots[place].copy_(slots[row])
+        moved = [(place, row) for place, row in enumerate(order) if place != row]
+        if moved:
+            places, old = (torch.tensor(each, device=self._full[0][0].device) for each in zip(*moved))
+            for slots, d in ((x, d) for full, dims in zip(self._full, self._dims) for x, d in zip(full, dims)):
+                used = slots if d is None else slots.narrow(d, 0, self._used)
+                used.index_copy_(0, places, used.index_select(0, old))
         self.n = len(order)
         self._show()
         return order
+
+    def _order(self, kept: set[int]) -> list[int]:
+        """Which row each place gets, and the cohorts counted anew. A row only ever moves to the front."""
+        order: list[int] = []
+        cohorts, end = [], 0
+        for size in self._cohorts:
+            begin, end = end, end + size
+            rows = [row for row in range(begin, end) if row in kept]
+            places = range(len(order), len(order) + len(rows))
+            later = [row for row in rows if row not in places]
+            order += [place if place >= begin and place in kept else later.pop() for place in places]
+            cohorts.append(len(rows))
+        self._cohorts = [size for size in cohorts if size]
+        return order
+
+    def _merge_cohorts(self) -> None:
+        """The two neighbours with the fewest rows become one."""
+        sizes = self._cohorts
+        i = min(range(len(sizes) - 1), key=lambda i: sizes[i] + sizes[i + 1])
+        sizes[i : i + 2] = [sizes[i] + sizes[i + 1]]
 
     def reserve(self, n: int) -> None:
         """Room for n more tokens in every row."""
@@ -80,13 +116,14 @@ class Slots:
                 _write(full[-1][: self.n], x, d)
             self._full[layer] = full
             self.states[layer] = _view(state, full, self.n)  # the old memory goes, layer by layer
+        self._used = self._longest(self.states)
 
     def _write_back(self) -> None:
         """Into the slots what the model has put elsewhere."""
         for state, full, dims in zip(self.states, self._full, self._dims):
             for slots, x, d in zip(full, _tensors(state), dims):
                 if x.data_ptr() != slots.data_ptr():
-                    _write(slots[: self.n], x, d)
+                    _write(slots[: self.n], x, d, self._used)
 
     def _show(self) -> None:
         self.states = [_view(state, full, self.n) for state, full in zip(self.states, self._full)]
@@ -96,11 +133,14 @@ def _tensors(state: State) -> list[Tensor]:
     return list(state.tensors().values())
 
 
-def _write(slots: Tensor, x: Tensor, d: int | None) -> None:
-    """Rows into their slots; behind them goes what another row has left there."""
+def _write(slots: Tensor, x: Tensor, d: int | None, used: int = 0) -> None:
+    """Rows into their slots; behind them, in the first `used` tokens, goes what another row has left there (attention
+    reads it and gives it no weight, but what is no number would spoil the sum)."""
     if d is not None:
-        slots.narrow(d, x.size(d), slots.size(d) - x.size(d)).zero_()
-        slots = slots.narrow(d, 0, x.size(d))
+        n = x.size(d)
+        if used > n:
+            slots.narrow(d, n, used - n).zero_()
+        slots = slots.narrow(d, 0, n)
     slots.copy_(x)
 
 

@@ -232,7 +232,7 @@ def test_a_batch_can_be_joined_forked_and_cut(model):
         first, second = prompts(2, seed=8)
         a, _ = prefill(model, [first])
         b, _ = prefill(model, [second])
-        states = cache.fork(cache.join([a, b]), 2)
+        states = cache.fork(cache.join([a, b], model.init_states(1)), 2)
         cache.select(states, [3, 0])
         cache.reserve(states, 3)
         hidden = generate.decode(model, [5, 6], states)
