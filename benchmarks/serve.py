@@ -167,10 +167,11 @@ def measure_engine(
         async def ask(text: str) -> Seen:
             seen = Seen()
             ids = tokenizer.render_prompt({"messages": [{"role": "user", "content": text}]}).ids
-            async for event in scheduler.submit(Request(ids, sampling)):
-                seen.n += len(event.ids)
-                seen.at += [time.perf_counter()] if event.text else []
-                seen.failed = event.finish_reason if event.finish_reason not in ("", "length") else ""
+            ticket = scheduler.submit(Request(ids, sampling))
+            while some := await ticket.take():
+                seen.n += sum(len(event.ids) for event in some)
+                seen.at += [time.perf_counter()] if any(event.text for event in some) else []
+                seen.failed = some[-1].finish_reason if some[-1].finish_reason not in ("", "length") else ""
             return seen
 
         rows = [timed("engine", ask, texts, n, args, os.getpid()) for n in args.streams]
@@ -248,7 +249,7 @@ def measure_http(
 
         async def watched(n: int) -> None:
             looking = asyncio.create_task(look(port, health))
-            await load(ask, texts, n, n)
+            await load(ask, texts, n, n * args.requests)  # for as many looks as a p99 needs
             looking.cancel()
 
         rows = [timed("http", ask, texts, n, args, process.pid) for n in args.streams]
