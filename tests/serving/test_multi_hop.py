@@ -101,6 +101,19 @@ def test_the_trace_of_searches(searching, stream):
     assert answer["usage"]["prompt_tokens"] > prompt + 60  # what was found was read, too
 
 
+def test_orders_in_documents_call_nothing(searching, monkeypatch):
+    """Without multi_hop a call is text like any other, whoever made the model write it."""
+    searched = []
+    search = Knowledge.search
+    monkeypatch.setattr(Knowledge, "search", lambda self, q, *a, **k: searched.extend(q) or search(self, q, *a, **k))
+    body = {**SEARCH, "retrieval": {"knowledge_base": "towns", "reread": False}, "max_tokens": 40}
+    with searching.client() as client:
+        answer = client.post(CHAT, json=body).json()
+    assert searched == [WHO[0]["content"]]
+    assert answer["choices"][0]["message"]["content"] == "Mara Velt founded"
+    assert len(answer["trace"]) == 1
+
+
 def test_others_are_answered_while_a_search_waits(searching, waiting):
     began, go = waiting
     found = []
