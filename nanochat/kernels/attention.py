@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nanochat.kernels import attention_cache, attention_products, flash
+from nanochat.kernels.blas import single_rows
 from nanochat.kernels.dispatch import choose
 from nanochat.kernels.segments import document_starts
 
@@ -60,7 +61,8 @@ def attention_step(q_BHP: Tensor, k_BGSP: Tensor, v_BGSP: Tensor, scale: float) 
         y = op(q_B1HP, k_BGSP.transpose(1, 2), v_BGSP.transpose(1, 2), None, 0, None, None, scale)
         return y.transpose(1, 2)
     grouped = q_BHP.shape[1] != k_BGSP.shape[1]
-    return F.scaled_dot_product_attention(q_BHP[:, :, None], k_BGSP, v_BGSP, scale=scale, enable_gqa=grouped)
+    with single_rows():  # half the time: the products inside follow the same choice
+        return F.scaled_dot_product_attention(q_BHP[:, :, None], k_BGSP, v_BGSP, scale=scale, enable_gqa=grouped)
 
 
 def _default(q_BTHP: Tensor, window: int, segments_BT: Tensor | None) -> tuple[str, str]:

@@ -85,12 +85,13 @@ class Muon(torch.optim.Optimizer):
         """Step matrices of one shape or its transpose."""
         weights = [rows if rows.size(0) <= rows.size(1) else rows.mT for rows, _ in pairs]
         stacked = torch.stack([change if change.size(0) <= change.size(1) else change.mT for _, change in pairs])
-        changes = list(orthogonalize(stacked.to(self.products or stacked.dtype)).to(stacked.dtype).unbind(0))
-        torch._foreach_mul_(changes, [lr * math.sqrt(max(1.0, rows.size(0) / rows.size(1))) for rows, _ in pairs])
+        changes = orthogonalize(stacked.to(self.products or stacked.dtype)).to(stacked.dtype)
+        scales = [lr * math.sqrt(max(1.0, rows.size(0) / rows.size(1))) for rows, _ in pairs]
+        torch._foreach_mul_(list(changes.unbind(0)), scales)
         if weight_decay:  # only where the step already shrinks the weight (cautious, arXiv 2510.12402)
-            for rows, change in zip(weights, changes):
-                change.add_(rows * (change * rows > 0), alpha=lr * weight_decay)
-        torch._foreach_sub_(weights, changes)
+            held = torch.stack(weights)
+            changes.add_(held * (changes * held > 0), alpha=lr * weight_decay)
+        torch._foreach_sub_(weights, list(changes.unbind(0)))
 
 
 @dataclass(frozen=True)
