@@ -91,7 +91,7 @@ def test_errors_have_their_exit_codes(finished: Path, tmp_path: Path, capsys: py
         ("base_train", {"out_dir": tmp_path, "run": "nothing"}, 2, "run `nanochat tok_train --run nothing` first"),
         ("base_train", {**place, "pattern": "MMX"}, 2, "unknown block letter 'X'"),
         ("base_train", {**place, "data": tmp_path / "nowhere"}, 2, "no such file or directory"),
-        ("mid_train", place, 1, "no such stage in run tiny"),
+        ("mid_train", place, 2, "no such stage in run tiny"),
         ("tok_train", {**place, "vocab_size": 100}, 2, "vocab_size 100 is too small"),
     ]
     (tmp_path / "empty").mkdir()
