@@ -26,9 +26,9 @@ import traceback
 import types
 import typing
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, TypeVar, Union
+from typing import Any, Generic, Literal, TypeVar, Union
 
 import tyro
 
@@ -39,7 +39,8 @@ C = TypeVar("C")
 _TRUE, _FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
 
 
-class Parsed(NamedTuple, Generic[C]):
+@dataclass(frozen=True)
+class Parsed(Generic[C]):
     """A configuration, where each value that is not a default came from (`configs/x.py:3` or `--depth`), and what files
     set that the caller asked to `ignore`."""
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Generic, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from nanochat.engine.ticket import Guide
 
@@ -15,7 +16,8 @@ THREADS = 4  # calls at the same time; more wait
 Who = TypeVar("Who")
 
 
-class Called(NamedTuple, Generic[Who]):
+@dataclass(frozen=True)
+class Called(Generic[Who]):
     """What a call came to: tokens to read, and why it was the end, where it was (see `Guide.call`); or an error."""
 
     who: Who

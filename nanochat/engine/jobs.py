@@ -157,7 +157,8 @@ class Jobs:
 
     def _end_job(self, job: Job, reason: str, error: BaseException | None = None) -> None:
         if job.call is not None:
-            job.call.cancel()  # where it has not begun
+            job.call.cancel()  # where it has not begun; one that runs holds the job, but not its states
+        job.begun = None
         for row in job.unfinished:
             row.finish_reason = reason
             del self._job_of[row.number]
@@ -190,7 +191,6 @@ class Jobs:
                     ready.append(job)
             except Exception as error:
                 self._end_job(job, "error", error)
-                job.begun = None
         self._read_ends(ready)
 
     def _read_on(self, job: Job, n: int) -> bool:
@@ -247,17 +247,18 @@ class Jobs:
 
     def resume(self) -> None:
         """What calls have brought is to be read now."""
-        for job, ids, reason, error in self._calls.done():
+        for called in self._calls.done():
+            job, reason = called.who, called.finish_reason
             if job not in self._jobs:
                 continue
             job.call = None
-            job.ids += ids
-            job.ticket.result_tokens += len(ids)
-            self.prompt_tokens += len(ids)
-            if error is None and reason:  # no room for more
+            job.ids += called.ids
+            job.ticket.result_tokens += len(called.ids)
+            self.prompt_tokens += len(called.ids)
+            if called.error is None and reason:  # no room for more
                 job.ticket.emit(Event(0, job.rows[0].stream.finish(), [], [], reason, []))
             if reason:
-                self._end_job(job, reason, error)
+                self._end_job(job, reason, called.error)
 
     # ---- decoding
 

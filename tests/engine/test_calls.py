@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from nanochat.engine.calls import THREADS, Calls
+from nanochat.engine.calls import THREADS, Called, Calls
 
 
 class Told:
@@ -32,12 +32,13 @@ def test_calls_come_back_when_they_are_done():
         guide.go.set()
         assert woken.acquire(timeout=20)
     assert calls.come
-    found = {called.who: called[1:] for called in calls.done()}
-    assert found == {"quick": ([3], "length", None), "broken": ([], "error", broken.result)}
+    found = {called.who: called for called in calls.done()}
+    broke = Called("broken", [], "error", broken.result)
+    assert found == {"quick": Called("quick", [3], "length"), "broken": broke}
     assert not calls.come
     slow.go.set()
     calls.close()
-    assert [tuple(called) for called in calls.done()] == [("slow", [1, 2], "", None)]
+    assert calls.done() == [Called("slow", [1, 2], "")]
 
 
 def test_who_gives_up_in_line_is_never_called():

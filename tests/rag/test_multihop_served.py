@@ -176,6 +176,7 @@ def test_who_waits_for_a_search_ends_before_the_next_step(reason):
         search = chat.prepare(QUESTION)
         ticket = scheduler.submit(request(search))
         assert shelf.began.wait(20)
+        (job,) = scheduler._jobs._jobs
         if reason == "cancelled":
             ticket.cancel()
         else:
@@ -183,6 +184,7 @@ def test_who_waits_for_a_search_ends_before_the_next_step(reason):
         assert list(ticket)[-1].finish_reason == reason
         until(lambda: scheduler.stats().active == 0)
         assert not shelf.go.is_set()
+        assert job.begun is None  # the search goes on; the states of the answer are gone
         assert search.finish().text.startswith("Let me see")
         shelf.go.set()  # what is found comes too late for anybody
         assert list(scheduler.submit(PLAIN))[-1].finish_reason == "length"
