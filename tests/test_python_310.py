@@ -17,7 +17,8 @@ def mixed_tuples(source: str) -> list[str]:
 
 
 def test_they_are_found() -> None:
-    assert mixed_tuples("class A(NamedTuple, Generic[T]): x: T\nclass B(NamedTuple): x: int\nclass C(D, E): ...") == ["A"]
+    source = "class A(NamedTuple, Generic[T]): x: T\nclass B(NamedTuple): x: int\nclass C(D, E): ..."
+    assert mixed_tuples(source) == ["A"]
 
 
 @pytest.mark.parametrize("folder", ["nanochat", "benchmarks", "dev", "scripts", "tests"])
