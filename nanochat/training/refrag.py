@@ -111,6 +111,14 @@ class Levels(NamedTuple):
     train: dict[str, SearchTask]
     val: dict[str, SearchTask]
 
+    def up_to(self, hops: int) -> Levels:
+        """Those of so many hops at most; a level may be missing. Raises UsageError when none is left."""
+        names = [name for name in self.train if int(name.removesuffix("hop")) <= hops]
+        if not names:
+            there = ", ".join(self.train)
+            raise UsageError(f"--warm_start_hops {hops}: all questions need more; the levels are {there}")
+        return Levels({name: self.train[name] for name in names}, {name: self.val[name] for name in names})
+
 
 def world_options(contexts: str) -> dict[str, Any]:
     """The options of --contexts. Raises UsageError for unknown ones."""
@@ -193,12 +201,12 @@ def warm_start(
         warmup=TrainSettings.warmup, warmdown=TrainSettings.warmdown, eval_every=TrainSettings.eval_every,
         save_every=TrainSettings.save_every, log_every=TrainSettings.log_every,
     )  # fmt: skip
-    most = settings.warm_start_hops or settings.max_hops
-    tasks = list(levels.train.values())[:most]
+    easy = levels.up_to(settings.warm_start_hops or settings.max_hops)
+    tasks = list(easy.train.values())
     mixed = tasks[0] if len(tasks) == 1 else Mixture(tasks)
     per_trace = estimate_tokens(ChatSource(mixed, tokenizer, context, settings.seed), 50) / len(mixed)
     n = max(len(tasks) * 2, round(own.num_iterations * own.device_batch_size * context * rt.world_size / per_trace))
-    val = list(levels.val.values())[:most]
+    val = list(easy.val.values())
     train = traces_course(tasks, n)
     shuffle = not isinstance(train, Curriculum)
     return train_on_tasks(

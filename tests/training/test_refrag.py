@@ -18,7 +18,7 @@ from nanochat.tasks.task import Curriculum
 from nanochat.tokenizer import Tokenizer
 from nanochat.training import refrag
 from nanochat.training.course import Course
-from nanochat.training.refrag import RefragSettings, make_levels, search_tools, traces_course, train_refrag
+from nanochat.training.refrag import Levels, RefragSettings, make_levels, search_tools, traces_course, train_refrag
 
 BYTES = Tokenizer([bytes([i]) for i in range(256)])
 SEARCH = {
@@ -110,6 +110,16 @@ def test_traces_grow_longer() -> None:
     assert set(hops[12:24]) == {1, 2}
     assert set(hops[24:]) == {1, 2, 3}  # four fifths: whoever sees three hops late stops after two
     assert traces_course(levels[:1], 5) is levels[0]
+
+
+def test_examples_of_few_hops_only() -> None:
+    """Levels go by their hops and not by their place: a knowledge base may have none of one hop."""
+    two, three = (MultiHopWorld((hops,), n=4) for hops in (2, 3))
+    levels = Levels({"2hop": two, "3hop": three}, {"2hop": two, "3hop": three})
+    assert levels.up_to(3) == levels
+    assert levels.up_to(2) == Levels({"2hop": two}, {"2hop": two})
+    with pytest.raises(UsageError, match="--warm_start_hops 1: all questions need more; the levels are 2hop, 3hop"):
+        levels.up_to(1)
 
 
 def test_validation_sees_other_worlds(tmp_path: Path) -> None:
