@@ -117,7 +117,7 @@ def collect(
         "metrics": collect_metrics(facts, evaluations, extra.get("metrics", {})),
         "stages": facts,
         "timings": timings,
-        "model": next((model_facts(stage) for stage in reversed(stages) if stage.meta), {}),
+        "model": next((model_facts(stage) for stage in reversed(stages) if "model_config" in stage.meta), {}),
         "machine": {**runtime.machine(), **extra.get("machine", {})},
         "evaluations": [{k: v for k, v in e.items() if k not in ("metrics", "samples")} for e in evaluations],
         "samples": samples,

@@ -129,6 +129,13 @@ def test_model_facts_are_those_of_the_model(run):
     assert facts["flops_per_token"] == model.flops_per_token()
 
 
+def test_a_reward_model_is_no_model_to_describe(run, caplog):
+    checkpoint.save(run / "reward", 1, {"head": {"weight": torch.zeros(3)}}, {"stage": "reward", "tokenizer_hash": "0"})
+    write_report(run)
+    assert read(run)[0]["model"]["blocks"] == ["M2", "T"]
+    assert not caplog.records
+
+
 def test_page_has_curves_metrics_samples_timings_and_settings(run):
     write_report(run)
     page = read(run)[1]
