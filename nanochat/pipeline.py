@@ -64,7 +64,7 @@ class Profile:
 
 RAG_LEN = 1024  # tokens of a row of contexts
 PROFILES = {
-    "cpu": Profile(120, 1000, 40, 2048, 4, 128, 256, 8, 400, 500, 50, 3200, 1, 3, 2400, 12),
+    "cpu": Profile(120, 1000, 40, 2048, 4, 128, 256, 8, 400, 500, 50, 3000, 1, 3, 2400, 12),
     "gpu": Profile(1000, 8000, 60, 2048, 6, 384, 512, 32, 1200, 1000, 100, 4000, 8, 5, 3000, 100),
 }
 
@@ -167,7 +167,7 @@ def plan(settings: QuickstartSettings) -> Plan:
         MidSettings(**common, data=text, data_share=0.5, tasks=tasks, num_iterations=steps(p.mid_steps)),
         SFTSettings(**common, tasks=tasks, num_iterations=steps(p.sft_steps)),
         RagSettings(
-            **{**common, "sequence_len": RAG_LEN, "device_batch_size": p.rag_rows, "save_every": 200,
+            **{**common, "sequence_len": RAG_LEN, "device_batch_size": p.rag_rows, "save_every": 200, "eval_every": 400,
                "total_batch_size": p.rag_rows * RAG_LEN},
             source="sft", contexts=f"seed={settings.world_seed},n={rag_contexts(p, settings.scale)},"
             f"documents={p.rag_documents},questions=12", num_iterations=steps(p.rag_steps), top_k=p.rag_documents,
