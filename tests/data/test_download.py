@@ -6,6 +6,7 @@ import hashlib
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -228,6 +229,25 @@ def test_two_at_a_time_fetch_once(server: Server, tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == BODY
     assert len(server.log) == 1
     assert leftovers(tmp_path) == {"a"}
+
+
+def test_a_lock_that_leaves_while_it_is_looked_at(tmp_path: Path) -> None:
+    """Each holder removes the file: one who waited may find it gone at any moment, and only takes the next one."""
+    inside, most, path = 0, 0, tmp_path / "lock"
+
+    def take() -> None:
+        nonlocal inside, most
+        for _ in range(300):
+            with download._locked(path):
+                inside += 1
+                most = max(most, inside)
+                inside -= 1
+
+    with ThreadPoolExecutor(4) as pool:
+        for taken in [pool.submit(take) for _ in range(4)]:
+            taken.result()
+    assert most == 1
+    assert not path.exists()
 
 
 # Shards ---------------------------------------------------------------------------------------------------------------
