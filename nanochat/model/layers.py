@@ -88,9 +88,10 @@ class Rotary:
         cached = self.tables.get((device, dtype))
         if cached is None or cached[0].size(0) < n:
             size = max(64, 1 << (n - 1).bit_length())
-            inverse = self.base ** (-torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim)
-            angle = torch.outer(torch.arange(size, dtype=torch.float64), inverse)[:, None, :]
-            cached = angle.cos().to(device, dtype), angle.sin().to(device, dtype)
+            with torch.inference_mode(False):  # the same tables serve training, which cannot save inference tensors
+                inverse = self.base ** (-torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim)
+                angle = torch.outer(torch.arange(size, dtype=torch.float64), inverse)[:, None, :]
+                cached = angle.cos().to(device, dtype), angle.sin().to(device, dtype)
             self.tables[device, dtype] = cached
         return cached
 

@@ -71,6 +71,16 @@ def test_angles_are_exact_far_out() -> None:
         assert float(found[i + P // 2]) == pytest.approx(b * math.cos(angle) + a * math.sin(angle), abs=1e-6)
 
 
+def test_tables_made_for_inference_serve_training():
+    rotary, x = Rotary(8, 100.0), torch.randn(1, 4, 2, 8, requires_grad=True)
+    with torch.inference_mode():
+        y = rotary(x, 0, 4)
+    z = rotary(x, 0, 4)
+    assert torch.equal(y, z)
+    z.sum().backward()
+    assert x.grad is not None
+
+
 def test_tables_grow_and_are_kept() -> None:
     rotary = Rotary(4, 10.0)
     x = noise(1, 1, 1, 4)
