@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from nanochat.data.shuffle import Draws, mix
@@ -10,8 +12,9 @@ from nanochat.errors import UsageError
 from nanochat.runtime import log
 from nanochat.tasks.task import Task
 
-BY = ("success", "progress", "none")
+BY = ("success", "progress", "none", "learnable")
 MEMORY = 0.8  # how much of the old success rate a round keeps
+LEAST = 0.02  # that a level weighs with by="learnable", where all is right or all is wrong: what is known can be lost
 
 
 class Problem(NamedTuple):
@@ -31,8 +34,10 @@ class Course:
     """Draws problems from the levels reached so far: half from the highest, the others from those below it.
 
     by="success": the next level opens when the running success rate on the highest one is `rise_at`; by="progress":
-    each level has the same share of the run; by="none": all are open from the start. Each task is gone through in its
-    own order, again and again.
+    each level has the same share of the run; by="none": all are open from the start, and drawn alike; by="learnable":
+    all are open, and drawn in proportion to p (1 - p), with p the level's running success rate: that is how much the
+    rewards of a group differ, and nothing can be learnt where they do not (Foster et al. 2025, arXiv 2502.12272). Each
+    task is gone through in its own order, again and again.
     """
 
     def __init__(self, levels: Sequence[Task], seed: int = 0, by: str = "success", rise_at: float = 0.7) -> None:
@@ -41,8 +46,9 @@ class Course:
         if not 0 < rise_at <= 1:
             raise UsageError(f"--rise_at {rise_at}: must be above 0 and at most 1")
         self.levels, self.seed, self.by, self.rise_at = list(levels), seed, by, rise_at
-        self.level = len(self.levels) if by == "none" else 1
+        self.level = len(self.levels) if by in ("none", "learnable") else 1
         self.success = 0.0  # running, on the highest open level
+        self.rates = [0.5] * len(self.levels)  # running, of each level
         self.taken = [0] * len(self.levels)
 
     def draw(self, number: int, n: int) -> list[Problem]:
@@ -53,6 +59,9 @@ class Course:
     def choose(self, draws: Draws) -> int:
         if self.by == "none":
             return 1 + draws.below(len(self.levels))
+        if self.by == "learnable":
+            ends = list(accumulate(round(1000 * max(LEAST, rate * (1 - rate))) for rate in self.rates))
+            return 1 + bisect_right(ends, draws.below(ends[-1]))
         if self.level == 1 or draws.below(2):
             return self.level
         return 1 + draws.below(self.level - 1)
@@ -67,6 +76,8 @@ class Course:
         """After a round: the share of right answers by level, and the share of the run that is done. Whether the next
         level opened."""
         before = self.level
+        for level, rate in right.items():
+            self.rates[level - 1] = MEMORY * self.rates[level - 1] + (1 - MEMORY) * rate
         if self.by == "progress":
             self.level = max(self.level, min(len(self.levels), 1 + int(progress * len(self.levels))))
         elif self.by == "success" and self.level < len(self.levels) and self.level in right:
@@ -79,7 +90,7 @@ class Course:
         return self.level > before
 
     def state_dict(self) -> dict[str, Any]:
-        return {"level": self.level, "success": self.success, "taken": list(self.taken)}
+        return {"level": self.level, "success": self.success, "rates": list(self.rates), "taken": list(self.taken)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises UsageError when the state is of a course with another number of levels."""
@@ -89,3 +100,4 @@ class Course:
                 "give the same settings, another --run, or --no-resume to start again"
             )
         self.level, self.success, self.taken = state["level"], state["success"], list(state["taken"])
+        self.rates = list(state.get("rates", self.rates))

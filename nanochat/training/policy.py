@@ -160,6 +160,7 @@ class PolicyStage:
         for level in levels:
             sums[f"n_{level}"] = sum(one.problem.level == level for one in played)
             sums[f"right_{level}"] = sum(one.sample.right for one in played if one.problem.level == level)
+            sums[f"reward_of_{level}"] = sum(one.score.total for one in played if one.problem.level == level)
         total = {name: float(all_reduce_sum(float(value))) for name, value in sums.items()}
         n, n_tokens = total["n"], max(1.0, total["n_tokens"])
         shares = ("reward", "right", "calls", "truncated", "errors", *(f"reward_{r}" for r in self.rewards.names))
@@ -171,7 +172,10 @@ class PolicyStage:
             "level": float(self.course.level),
         }
         right = {level: total[f"right_{level}"] / total[f"n_{level}"] for level in levels if total[f"n_{level}"]}
-        self.collapse = self.detector.update({**self.means, "format": self.means.get("reward_format", 1.0)})
+        # levels count alike, however often they were drawn: harder problems are no collapse
+        reward = sum(total[f"reward_of_{level}"] / total[f"n_{level}"] for level in right) / len(right)
+        seen = {**self.means, "reward": reward, "format": self.means.get("reward_format", 1.0)}
+        self.collapse = self.detector.update(seen)
         if self.course.update(right, self.share):
             self.detector.forget()
 

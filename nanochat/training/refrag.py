@@ -9,6 +9,7 @@ The supervised stage is `refrag_sft` of the run, the other `refrag`, which begin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -70,8 +71,9 @@ class RefragSettings(PolicySettings):
     """reinforcement learning after the supervised stage"""
     warm_start_steps: int = 1600
     """optimizer steps of the supervised stage (0: none, the source has learnt to search already)"""
-    warm_start_hops: int = 0
-    """hops of the supervised stage's questions at most (0: all of --max_hops); longer ones are left to the rewards"""
+    warm_start_mix: tuple[float, ...] = ()
+    """the supervised stage's traces of one hop, of two and so on against each other (default: all alike); 1 1 0.05
+    shows few of three hops and leaves the rest to the rewards, 1 1 0 none"""
     warm_start_rows: int = 1
     """rows per forward pass and process of the supervised stage"""
     warm_start_lr_scale: float = 0.7
@@ -93,7 +95,13 @@ class RefragSettings(PolicySettings):
                 raise UsageError(f"--{flag} {getattr(self, flag)}: must be at least 1")
         if not 0 <= self.absent < 1:
             raise UsageError(f"--absent {self.absent}: must be at least 0 and below 1")
-        for flag in ("warm_start_steps", "warm_start_hops", "warm_start_lr_scale"):
+        mix = self.warm_start_mix
+        if mix and (len(mix) != self.max_hops or not all(0 <= weight < math.inf for weight in mix) or not any(mix)):
+            raise UsageError(
+                f"--warm_start_mix {' '.join(f'{weight:g}' for weight in mix)}: give {self.max_hops} number(s), one "
+                "for each of --max_hops, not negative and not all 0"
+            )
+        for flag in ("warm_start_steps", "warm_start_lr_scale"):
             if not getattr(self, flag) >= 0:
                 raise UsageError(f"--{flag} {getattr(self, flag)}: must not be negative")
         if not (self.warm_start_steps or self.use_rewards):
@@ -111,13 +119,12 @@ class Levels(NamedTuple):
     train: dict[str, SearchTask]
     val: dict[str, SearchTask]
 
-    def up_to(self, hops: int) -> Levels:
-        """Those of so many hops at most; a level may be missing. Raises UsageError when none is left."""
-        names = [name for name in self.train if int(name.removesuffix("hop")) <= hops]
-        if not names:
-            there = ", ".join(self.train)
-            raise UsageError(f"--warm_start_hops {hops}: all questions need more; the levels are {there}")
-        return Levels({name: self.train[name] for name in names}, {name: self.val[name] for name in names})
+    def weights(self, mix: Sequence[float]) -> list[float]:
+        """Of the levels in a mix by number of hops; without one all weigh 1. Raises UsageError when all weigh 0."""
+        found = [mix[int(name.removesuffix("hop")) - 1] if mix else 1.0 for name in self.train]
+        if not any(found):
+            raise UsageError(f"--warm_start_mix leaves no question: the levels are {', '.join(self.train)}")
+        return found
 
 
 def world_options(contexts: str) -> dict[str, Any]:
@@ -180,14 +187,16 @@ def make_levels(settings: RefragSettings, tokenizer: Tokenizer, context: int) ->
     return question_levels(settings, knowledge, questions, shown)
 
 
-def traces_course(levels: Sequence[Task], n: int) -> Task:
-    """Traces in the order of the supervised stage: one hop first, then longer ones join, then all mixed."""
+def traces_course(levels: Sequence[Task], n: int, weights: Sequence[float] = ()) -> Task:
+    """Traces in the order of the supervised stage: one hop first, then longer ones join, then all mixed, by weight."""
+    weights = weights or [1.0] * len(levels)
     if len(levels) == 1:
         return levels[0]
     steps: list[tuple[float, Task]] = []
     for k in range(1, len(levels)):
-        steps.append((COURSE * k / (len(levels) - 1), levels[0] if k == 1 else Mixture(levels[:k])))
-    return Curriculum([*steps, (1.0, Mixture(levels))], n=n)
+        mixed = levels[0] if k == 1 else Mixture(levels[:k], weights[:k])
+        steps.append((COURSE * k / (len(levels) - 1), mixed))
+    return Curriculum([*steps, (1.0, Mixture(levels, weights))], n=n)
 
 
 def warm_start(
@@ -201,13 +210,13 @@ def warm_start(
         warmup=TrainSettings.warmup, warmdown=TrainSettings.warmdown, eval_every=TrainSettings.eval_every,
         save_every=TrainSettings.save_every, log_every=TrainSettings.log_every,
     )  # fmt: skip
-    easy = levels.up_to(settings.warm_start_hops or settings.max_hops)
-    tasks = list(easy.train.values())
-    mixed = tasks[0] if len(tasks) == 1 else Mixture(tasks)
+    shown = [(name, weight) for name, weight in zip(levels.train, levels.weights(settings.warm_start_mix)) if weight]
+    tasks, weights = [levels.train[name] for name, _ in shown], [weight for _, weight in shown]
+    mixed = tasks[0] if len(tasks) == 1 else Mixture(tasks, weights)
     per_trace = estimate_tokens(ChatSource(mixed, tokenizer, context, settings.seed), 50) / len(mixed)
     n = max(len(tasks) * 2, round(own.num_iterations * own.device_batch_size * context * rt.world_size / per_trace))
-    val = list(easy.val.values())
-    train = traces_course(tasks, n)
+    val = [levels.val[name] for name, _ in shown]
+    train = traces_course(tasks, n, weights)
     shuffle = not isinstance(train, Curriculum)
     return train_on_tasks(
         "refrag_sft", own, train, val[0] if len(val) == 1 else Mixture(val), tokenizer, rt, shuffle=shuffle

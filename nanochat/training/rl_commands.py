@@ -85,7 +85,8 @@ class PolicySettings(TrainSettings):
     minibatches: int = 1
     """optimizer steps of a pass"""
     curriculum: str = "success"
-    """how harder levels open: success, progress or none (all at once)"""
+    """how harder levels open: success, progress, none (all at once), or learnable (all at once, and those are drawn
+    most whose problems are sometimes solved and sometimes not)"""
     rise_at: float = 0.7
     """success rate at which the next level opens"""
     eval_prompts: int = 128

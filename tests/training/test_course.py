@@ -42,6 +42,19 @@ def test_none_opens_all() -> None:
     assert min(levels_drawn(Course(LEVELS, by="none")).values()) > 30
 
 
+def test_learnable_draws_what_is_solved_sometimes() -> None:
+    course = Course(LEVELS, by="learnable")
+    assert min(levels_drawn(course).values()) > 30  # nothing is known yet
+    for _ in range(50):
+        assert not course.update({1: 1.0, 2: 0.5}, 0.0)  # the third was not drawn: as before
+    counts = levels_drawn(course, n=2000)
+    assert 20 < counts[1] < 140  # 2 of 52
+    assert abs(counts[2] - counts[3]) < 200
+    again = Course(LEVELS, by="learnable")
+    again.load_state_dict(course.state_dict())
+    assert levels_drawn(again, 1) == levels_drawn(course, 1)
+
+
 def test_tasks_are_gone_through_in_order_and_begin_again() -> None:
     course = Course(LEVELS[:1])
     assert [problem.number for problem in course.draw(0, 7)] == [0, 1, 2, 3, 4, 0, 1]

@@ -112,14 +112,22 @@ def test_traces_grow_longer() -> None:
     assert traces_course(levels[:1], 5) is levels[0]
 
 
-def test_examples_of_few_hops_only() -> None:
-    """Levels go by their hops and not by their place: a knowledge base may have none of one hop."""
+def test_few_traces_of_many_hops() -> None:
+    levels = [MultiHopWorld((hops,), n=400, absent=0.0) for hops in (1, 2, 3)]
+    course = traces_course(levels, 1000, [1.0, 1.0, 0.05])
+    hops = [course[i]["hops"] for i in range(200, 1000)]
+    assert 8 <= hops.count(3) <= 35  # 20 of 820
+    assert abs(hops.count(1) - hops.count(2)) < 120
+
+
+def test_the_mix_goes_by_hops() -> None:
+    """And not by the place of a level: a knowledge base may have none of one hop."""
     two, three = (MultiHopWorld((hops,), n=4) for hops in (2, 3))
     levels = Levels({"2hop": two, "3hop": three}, {"2hop": two, "3hop": three})
-    assert levels.up_to(3) == levels
-    assert levels.up_to(2) == Levels({"2hop": two}, {"2hop": two})
-    with pytest.raises(UsageError, match="--warm_start_hops 1: all questions need more; the levels are 2hop, 3hop"):
-        levels.up_to(1)
+    assert levels.weights(()) == [1.0, 1.0]
+    assert levels.weights((1.0, 0.5, 0.25)) == [0.5, 0.25]
+    with pytest.raises(UsageError, match="--warm_start_mix leaves no question: the levels are 2hop, 3hop"):
+        levels.weights((1.0, 0.0, 0.0))
 
 
 def test_validation_sees_other_worlds(tmp_path: Path) -> None:
@@ -143,6 +151,9 @@ def test_validation_sees_other_worlds(tmp_path: Path) -> None:
         ({"top_k": 0}, "--top_k 0"),
         ({"absent": 1.0}, "--absent 1.0"),
         ({"warm_start_steps": -1}, "--warm_start_steps -1"),
+        ({"warm_start_mix": (1.0, 1.0)}, "--warm_start_mix 1 1: give 3"),
+        ({"warm_start_mix": (1.0, 1.0, -1.0)}, "--warm_start_mix"),
+        ({"warm_start_mix": (0.0, 0.0, 0.0)}, "--warm_start_mix"),
         ({"warm_start_steps": 0, "use_rewards": False}, "nothing to do"),
     ],
 )
