@@ -62,11 +62,10 @@ class Slots:
         self._used = max(self._used, longest)
         self._write_back()
         moved = [(place, row) for place, row in enumerate(order) if place != row]
-        if moved:
-            places, old = (torch.tensor(each, device=self._full[0][0].device) for each in zip(*moved))
-            for slots, d in ((x, d) for full, dims in zip(self._full, self._dims) for x, d in zip(full, dims)):
-                used = slots if d is None else slots.narrow(d, 0, self._used)
-                used.index_copy_(0, places, used.index_select(0, old))
+        for slots, d in ((x, d) for full, dims in zip(self._full, self._dims) for x, d in zip(full, dims)):
+            used = slots if d is None else slots.narrow(d, 0, self._used)
+            for place, row in moved:  # from the first place on: what stood there has moved already, or goes
+                used[place].copy_(used[row])
         self.n = len(order)
         self._show()
         return order
@@ -107,6 +106,8 @@ class Slots:
         need_rows, need_tokens = -(-n_rows // ROWS) * ROWS, n_tokens + SPARE_TOKENS
         if n_rows <= rows and n_tokens <= tokens and rows * tokens <= 2 * need_rows * need_tokens:
             return self._write_back()
+        if need_rows <= rows <= 2 * need_rows:  # they will be back: rows that wait for a search join again
+            need_rows = rows
         self._room = need_rows, need_tokens
         for layer, (state, dims) in enumerate(zip(self.states, self._dims)):
             full = []

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nanochat.kernels.blas import single_rows
+
 # rows of several lengths decode in runs of so many rows at least, and of so many bytes of keys and values at most (more
 # would leave the cache while oneDNN packs them); one more run costs as much time as reading CALL_BYTES
 RUN, RUN_BYTES, CALL_BYTES = 8, 8 << 20, 1 << 20
@@ -42,11 +44,13 @@ def step(
     n_group, width = k_BSGP.shape[2:]
     if start is None:
         start = torch.full((len(q_BTHP),), k_BSGP.shape[1] - 1)
-    for rows, n_source in runs((start + 1).tolist(), 8 * n_group * width):
-        at, key = start[rows, None, None], torch.arange(n_source)
-        hidden_BTS = key > at if not window else (key > at) | (key <= at - window)
-        k, v = k_BSGP[rows, :n_source], v_BSGP[rows, :n_source]
-        y_BTHP[rows] = masked(q_BTHP[rows], k, v, hidden_BTS, scale)
+    key_S = torch.arange(k_BSGP.shape[1])
+    with single_rows():  # oneDNN would first copy the keys and values of every run
+        for rows, n_source in runs((start + 1).tolist(), 8 * n_group * width):
+            at, key = start[rows, None, None], key_S[:n_source]
+            hidden_BTS = key > at if not window else (key > at) | (key <= at - window)
+            k, v = k_BSGP[rows, :n_source], v_BSGP[rows, :n_source]
+            y_BTHP[rows] = masked(q_BTHP[rows], k, v, hidden_BTS, scale)
     return y_BTHP
 
 
