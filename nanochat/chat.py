@@ -122,6 +122,12 @@ class ChatModel:
                 "%s was never trained on documents (stage %s): it may not cite them, or pass over them. "
                 "`nanochat rag_finetune` trains it", self.path, self.stage or "unknown",
             )  # fmt: skip
+        if trained_to_search(self.meta):
+            log.warning(
+                "%s was trained to search on its own (stage %s), which with one search of ours it cannot: use "
+                "`with_search`, or --max_hops 3 at the prompt; the stage `rag` is for one search",
+                self.path, self.stage,
+            )  # fmt: skip
         return GroundedChat(self.model, self.tokenizer, knowledge, **options)
 
     def with_search(

@@ -262,24 +262,32 @@ class StreamDecoder:
     """Ids in, text out, piece by piece: a UTF-8 character comes out whole, with the token that completes it.
 
     All pieces and `flush()` together equal `Tokenizer.decode` of all ids. Special tokens come out as their names, or
-    not at all with `skip_special`.
+    not at all with `skip_special`; then what stands inside of a citation, a name for a document, does not either.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = False) -> None:
         self._tokenizer = tokenizer
         self._skip_special = skip_special
+        self._citing = False
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, ids: int | Iterable[int]) -> str:
         ids = [ids] if isinstance(ids, int) else list(ids)
         if self._skip_special:
-            ids = [i for i in ids if not self._tokenizer.is_special(i)]
+            ids = [i for i in ids if self._is_text(i)]
         return self._decoder.decode(self._tokenizer.decode_bytes(ids))
+
+    def _is_text(self, token: int) -> bool:
+        if self._tokenizer.is_special(token):
+            self._citing = token == self._tokenizer.special("cite_start")
+            return False
+        return not self._citing
 
     def flush(self) -> str:
         """What is left: U+FFFD for a character that was never completed. Ready for a new text afterwards."""
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
+        self._citing = False
         return rest
 
 

@@ -126,6 +126,13 @@ def test_a_model_trained_on_documents_brings_no_warning(knowledge, tmp_path, cap
     assert "never trained" not in caplog.text
 
 
+def test_a_model_that_searches_on_its_own_is_asked_otherwise(knowledge, tmp_path, caplog):
+    save_stage(tmp_path, "refrag")
+    load("refrag", out_dir=tmp_path).with_knowledge(knowledge)
+    assert "was trained to search on its own (stage refrag)" in caplog.text
+    assert "with_search" in caplog.text
+
+
 def test_a_model_that_searches_on_its_own(chat, knowledge, tmp_path, caplog):
     searching = chat.with_search(knowledge, max_hops=1, top_k=1)
     assert caplog.text.count("was never trained to search (stage sft)") == 1

@@ -96,6 +96,15 @@ def test_stream_decoder_gives_whole_characters(tok: Tokenizer, data: st.DataObje
     assert "".join(pieces) == tok.decode(ids)
 
 
+def test_skipping_special_tokens_skips_what_a_citation_names():
+    tok = Tokenizer([bytes([i]) for i in range(256)])
+    start, end, eot = (tok.special(name) for name in ("cite_start", "cite_end", "assistant_end"))
+    decoder = StreamDecoder(tok, skip_special=True)
+    ids = [start, *tok.encode(" Torwick1"), end, *tok.encode("Yes."), start, *tok.encode("Never ended")]
+    assert decoder.feed(ids) + decoder.flush() == "Yes."
+    assert decoder.feed([start, *tok.encode("x"), eot, *tok.encode("next")]) + decoder.flush() == "next"
+
+
 def test_stream_decoder_holds_back_half_a_character(tok: Tokenizer) -> None:
     ids = tok.encode("\U0001fae8")  # not in the training text: four tokens of a byte each
     decoder = StreamDecoder(tok, skip_special=True)

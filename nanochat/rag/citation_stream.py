@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from nanochat.data.answers import ABSTENTION
 from nanochat.rag.citations import resolve
 from nanochat.tokenizer import StreamDecoder, Tokenizer
 
@@ -82,3 +83,11 @@ class CitationStream:
         self._cited.clear()
         self._begun, self._any = False, True
         return text
+
+
+class GroundedStream(CitationStream):
+    """The same of an answer from documents: one that only cites, or never ends its citation, is an abstention."""
+
+    def flush(self) -> str:
+        text = super().flush()
+        return text if self._any else text + ABSTENTION

@@ -29,7 +29,7 @@ from nanochat.engine.sampling import Sampling, make_sampling
 from nanochat.errors import UsageError
 from nanochat.model.lm import LM
 from nanochat.rag.calibration import DEFAULT, Calibration
-from nanochat.rag.citation_stream import CitationStream
+from nanochat.rag.citation_stream import GroundedStream
 from nanochat.rag.citations import ABSTAINED, Answer, parse, sources
 from nanochat.rag.knowledge import Searcher
 from nanochat.rag.prompt import ORDERS, Block, focused, headings, retrieval_message
@@ -208,9 +208,9 @@ class GroundedChat:
         shown = [focused(m, numbers) if m is asked.block.message else m for m in asked.messages]
         return replace(asked, messages=shown, ids=self.tokenizer.render_prompt({"messages": shown}).ids)
 
-    def decoder(self, asked: Asked) -> Callable[[], CitationStream]:
+    def decoder(self, asked: Asked) -> Callable[[], GroundedStream]:
         """Makes what turns the model's tokens into text with citations."""
-        return partial(CitationStream, self.tokenizer, headings(asked.block.documents))
+        return partial(GroundedStream, self.tokenizer, headings(asked.block.documents))
 
     def finish(self, asked: Asked, completion: Completion | None = None) -> GroundedAnswer:
         """The answer, of what the model said; None: it was not asked, for nothing was found."""
@@ -218,6 +218,8 @@ class GroundedChat:
             return GroundedAnswer(NOTHING_FOUND, ABSTAINED, (), (), asked.query, time.perf_counter() - asked.began)
         documents = asked.block.documents
         answer = parse(completion.ids, self.tokenizer, headings(documents))
+        if not answer.text:  # it only cited: see `GroundedStream`
+            answer = ABSTAINED
         found = tuple(self._support(answer, asked.block, asked.messages))
         seconds = time.perf_counter() - asked.began
         return GroundedAnswer(completion.text, answer, documents, found, asked.query, seconds, completion)
@@ -239,9 +241,9 @@ def to_reread(draft: Answer, n_documents: int) -> tuple[int, ...]:
 
 
 def _abstention(draft: Completion, tokenizer: Tokenizer) -> Completion:
-    """What the model should have said instead of a draft."""
+    """What the model should have said instead of a draft; one that was cut off stays one."""
     ids = [tokenizer.special("abstain"), *tokenizer.encode(ABSTENTION), tokenizer.eot]
-    return draft._replace(ids=ids, text=ABSTENTION, logprobs=[0.0] * len(ids), finish_reason="stop")
+    return draft._replace(ids=ids, text=ABSTENTION, logprobs=[0.0] * len(ids))
 
 
 def as_messages(messages: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -281,6 +283,11 @@ def lay_out(
     block = retrieval_message(documents, tokenizer, budget, order)
     if documents and not block.documents:
         log.warning("none of %d documents fits into %d tokens of the context", len(documents), budget)
+    elif block.trimmed or block.dropped:
+        log.warning(
+            "the documents are too long for %d tokens of the context: %d tokens of them and %d documents are left out",
+            budget, block.trimmed, block.dropped,
+        )  # fmt: skip
     shown = [block.message] if block.documents else []
     room -= sum(map(size, shown))
     n_turns = sum(m["role"] == "user" for m in history)

@@ -359,3 +359,33 @@ def test_contrast_is_one_more_sign(model):
     chat = GroundedChat(model, TOKENIZER, Shelf(), contrast=True)
     answer = chat.chat("Who founded Torwick?", max_tokens=12)
     assert all(support.contrast is not None for support in answer.support)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        [CITE, *text(" Torwick was founded by nobody.")],  # a citation that never ends
+        [*cite(1)],
+        [CITE],
+    ],
+)
+def test_an_answer_that_only_cites_is_an_abstention(script):
+    pieces, answer = drain(scripted(*script, top_k=1).stream_chat("Who founded Torwick?"))
+    assert "".join(pieces) == answer.text == ABSTENTION
+    assert answer.abstained
+    assert answer.support == ()
+
+
+def test_a_draft_that_was_cut_off_says_so():
+    answer = scripted(CITE, *text(" Torwick")).chat("Who founded Torwick and Mara Orvane?", max_tokens=3)
+    assert answer.abstained
+    assert answer.completion.finish_reason == "length"
+
+
+def test_documents_that_lose_their_ends_are_spoken_of(caplog):
+    long = Document("long", "Torwick is old. " * 300, "Torwick")
+    scripted(*text("Yes."), knowledge=Shelf([long])).chat("Is Torwick old?")
+    assert "the documents are too long for" in caplog.text
+    caplog.clear()
+    scripted(*text("Yes.")).chat("Is Torwick old?")
+    assert "too long" not in caplog.text
