@@ -93,7 +93,8 @@ class HopAsker(Asker):
             messages = [{"role": "user", "content": self.questions[i].question}]
             seconds, cut = sum(call.seconds for call in rollout.calls), any(hop.cut for hop in hops)
             prepared = Prepared(self.questions[i], messages, rollout.prompt, documents, cut, seconds)
-            answer = believed(read_answer(rollout, self.tokenizer))
+            answer = read_answer(rollout, self.tokenizer)
+            answer = answer if rollout.error else believed(answer)  # what failed is no abstention
             yield self.judge(condition, i, prepared, answer)._replace(queries=len(hops))
 
     def roll(self, condition: str, numbers: Sequence[int]) -> list[Rollout]:

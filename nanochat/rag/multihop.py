@@ -12,6 +12,7 @@ Who writes the queries, which hits are shown and when to stop can be put into ot
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import NamedTuple, TypeAlias
 
 from nanochat.engine.rollout import Rollout
@@ -157,21 +158,23 @@ def documents_of(calls: Sequence[Call]) -> tuple[Document, ...]:
     return tuple(document for hop in hops_of(calls) for document in hop.documents)
 
 
-def answer_ids(rollout: Rollout) -> list[int]:
-    """The tokens of the answer: what the model said after its last result."""
+def answer_ids(rollout: Rollout, tokenizer: Tokenizer) -> list[int]:
+    """The tokens of the answer: what the model said after its last result, up to a query that it began and did not
+    end."""
     start = max((call.at + call.n_tokens for call in rollout.calls), default=0)
-    return rollout.ids[start:]
+    search = tokenizer.special(SearchTool.start)
+    return list(takewhile(lambda token: token != search, rollout.ids[start:]))
 
 
 def read_answer(rollout: Rollout, tokenizer: Tokenizer) -> Answer:
     """The answer with its citations, which name the documents of all hops. A row that ended in a search said none."""
-    return parse(answer_ids(rollout), tokenizer, headings(documents_of(rollout.calls)))
+    return parse(answer_ids(rollout, tokenizer), tokenizer, headings(documents_of(rollout.calls)))
 
 
 def believed(answer: Answer) -> Answer:
-    """The answer, or an abstention in its place where it rests on a document that was not found: each citation is a
-    link of the chain that led to it."""
-    return ABSTAINED if answer.adrift else answer
+    """The answer, or an abstention in its place where it says nothing, or rests on a document that was not found: each
+    citation is a link of the chain that led to it."""
+    return answer if answer.text and not answer.adrift else ABSTAINED
 
 
 def search_in_hops(

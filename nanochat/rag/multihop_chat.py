@@ -275,9 +275,12 @@ class _Visible:
             self.finish()
 
     def finish(self) -> None:
-        """What is still held back is said."""
+        """What is still held back is said; where that is nothing, such as behind a query that has no end, an
+        abstention."""
         if not self.unfounded:
             self.held += self.text.finish()
+            if not self.decoder.begun and not self.text.stopped:
+                self.unfounded, self.held = True, ABSTENTION
 
     def released(self) -> str:
         """The text that is new."""

@@ -71,6 +71,25 @@ def test_an_answer_that_rests_on_what_was_not_found_is_none():
     assert not found[0].support
 
 
+def test_a_query_that_is_begun_and_not_ended_is_no_answer():
+    wanted = [TOKENIZER.special("search_start"), *TOKENIZER.encode(" Mara Velt."), TOKENIZER.eot]
+
+    def policy(ids):
+        begun = TOKENIZER.special("assistant_start")
+        return wanted[min(len(ids) - ids.index(begun) - 1, len(wanted) - 1)] if begun in ids else TOKENIZER.eot
+
+    chat = MultiHopChat(Puppet(TOKENIZER.vocab_size, policy), TOKENIZER, Shelf(), top_k=1)
+    found = []
+
+    def keep(stream):
+        found.append((yield from stream))
+
+    pieces = list(keep(chat.stream_chat(QUESTION)))
+    assert "".join(pieces) == found[0].text == ABSTENTION
+    assert found[0].abstained
+    assert not found[0].support
+
+
 def test_stop_strings_end_the_answer():
     answer = build().chat(QUESTION, stop="was born")
     assert answer.text == "Let me see. The founder of Torwick "
