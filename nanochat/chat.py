@@ -16,7 +16,7 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from nanochat.conversation import Rendered
+from nanochat.conversation import Rendered, as_conversation
 from nanochat.engine.generate import Completion, Engine
 from nanochat.engine.load import Loaded, load_checkpoint
 from nanochat.engine.reading import Reading
@@ -162,10 +162,8 @@ class ChatModel:
 
     def lay_out(self, messages: Messages, max_tokens: int) -> Rendered:
         """As `render`, with what was left out, instead of a warning."""
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
         limit = self.context - min(max_tokens, self.context // 4)
-        return self.tokenizer.render_prompt({"messages": list(messages)}, limit)
+        return self.tokenizer.render_prompt({"messages": as_conversation(messages)}, limit)
 
 
 def open_searcher(

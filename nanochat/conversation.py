@@ -10,7 +10,7 @@ and 0 on all the rest. Knows no vocabulary: text becomes ids through the two fun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from nanochat.errors import UsageError
@@ -230,13 +230,28 @@ def _shorten(pieces: list[_Piece], budget: int) -> list[_Piece]:
 # ---- what a conversation may hold
 
 
+def as_conversation(messages: Any) -> list[dict[str, Any]]:
+    """Messages {"role", "content"}, copied; a text is a question of the user's. Raises UsageError for anything else."""
+    if isinstance(messages, str):
+        return [{"role": "user", "content": messages}]
+    if not isinstance(messages, Sequence):
+        raise UsageError(f"expected a question or a list of messages, got {type(messages).__name__}")
+    for i, message in enumerate(messages):
+        _check_message(i, message)
+    return [dict(message) for message in messages]
+
+
+def _check_message(i: int, message: Any) -> None:
+    if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+        raise UsageError(f'message {i} must be {{"role": ..., "content": ...}}, got {message!r:.80}')
+
+
 def _messages(conversation: dict[str, Any]) -> list[dict[str, Any]]:
     messages = conversation.get("messages") if isinstance(conversation, dict) else None
     if not isinstance(messages, list) or not messages:
         raise UsageError('a conversation must be {"messages": [...]} with at least one message')
     for i, message in enumerate(messages):
-        if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            raise UsageError(f'message {i} must be {{"role": ..., "content": ...}}, got {message!r:.80}')
+        _check_message(i, message)
         if not isinstance(message["role"], str) or message["role"] not in ROLES:
             raise UsageError(f"message {i} has role {message['role']!r}; expected one of {', '.join(ROLES)}")
         if message["role"] == "system" and i > 0:

@@ -18,7 +18,7 @@ from nanochat.data.spec import read_options, split_spec
 from nanochat.data.world import World
 from nanochat.engine.load import Loaded
 from nanochat.engine.sampling import Sampling
-from nanochat.errors import UsageError
+from nanochat.errors import NanochatError, UsageError
 from nanochat.evaluation.commands import EvalSettings, load
 from nanochat.evaluation.metrics import write_metrics
 from nanochat.evaluation.rag import Options, measure_rag
@@ -111,10 +111,18 @@ class RagEvalSettings(EvalSettings):
             problems.append(f"--hops {' '.join(map(str, self.hops))}: must be among 1, 2, 3")
         if self.temperature < 0:
             problems.append(f"--temperature {self.temperature}: must be at least 0")
-        if files and not is_world(self.questions) and not Path(self.questions).is_file():
-            problems.append(f"--questions {self.questions}: there is no such file, and it is no world:seed=…,new=…")
         if files and self.knowledge_base is not None and not Path(self.knowledge_base).is_dir():
             problems.append(f"--knowledge_base {self.knowledge_base}: there is no such directory")
+        if files and not is_world(self.questions):
+            path = Path(self.questions)
+            if not path.is_file():
+                what = "this is no file" if path.exists() else "there is no such file"
+                problems.append(f"--questions {self.questions}: {what}, and it is no world:seed=…,new=…")
+            elif problems:  # without other problems the file speaks for itself, when it is read
+                try:
+                    load_questions(path)
+                except NanochatError as error:
+                    problems.append(str(error))
         if len(problems) == 1:
             raise UsageError(problems[0])
         complain(problems, "nothing was evaluated")

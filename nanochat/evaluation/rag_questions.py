@@ -86,17 +86,19 @@ def check_questions(
     if knowledge is not None and hasattr(knowledge, "__len__") and not len(knowledge):
         problems.append("the knowledge base is empty: add documents to it first")
     for question in questions:
+        name_of = f"{question.place}, question {question.id}" if question.place else f"question {question.id}"
         if knowledge is None and not question.documents:
-            problems.append(f"question {question.id}: brings no documents, and no knowledge base was given to search")
+            problems.append(f"{name_of}: brings no documents, and no knowledge base was given to search")
+            continue
         own = {document.id for document in question.documents}
         for name in question.gold:
             if name not in own and not (hasattr(knowledge, "__contains__") and name in knowledge):
                 where = "the question's documents" if knowledge is None else "the knowledge base"
-                problems.append(f"question {question.id}: its gold document {name!r} is not in {where}")
+                problems.append(f"{name_of}: its gold document {name!r} is not in {where}")
         needed = prompt_tokens(question, tokenizer) + room + LEAST_ROOM
         if needed > context:
             problems.append(
-                f"question {question.id}: needs {needed} tokens ({room} for the answer, {LEAST_ROOM} for documents), "
+                f"{name_of}: needs {needed} tokens ({room} for the answer, {LEAST_ROOM} for documents), "
                 f"the model's context has {context}"
             )
     complain(problems, "nothing was evaluated")

@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence, Sized
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from nanochat.conversation import as_conversation
 from nanochat.data.answers import ABSTENTION
 from nanochat.engine.generate import Completion, Engine
 from nanochat.engine.prefix import PrefixCache
@@ -31,7 +33,7 @@ from nanochat.model.lm import LM
 from nanochat.rag.calibration import DEFAULT, Calibration
 from nanochat.rag.citation_stream import GroundedStream
 from nanochat.rag.citations import ABSTAINED, Answer, parse, sources
-from nanochat.rag.knowledge import Searcher
+from nanochat.rag.knowledge import Searcher, check_searcher, hits_of
 from nanochat.rag.prompt import ORDERS, Block, focused, headings, retrieval_message
 from nanochat.rag.rewrite import Rewriter, standalone
 from nanochat.rag.support import Support, support
@@ -116,7 +118,7 @@ class GroundedChat:
         rewrite: Rewriter = standalone,
         cache: PrefixCache | None = None,
         reread: bool = True,
-        embedder: Embedder | None = None,
+        embedder: Embedder | str | Path | None = None,
         contrast: bool = False,
         calibration: Calibration = DEFAULT,
     ) -> None:
@@ -126,8 +128,13 @@ class GroundedChat:
             raise UsageError(f"document order {order!r}: must be one of {', '.join(ORDERS)}")
         if document_tokens < 0:
             raise UsageError(f"document_tokens {document_tokens}: expected 0 (automatic) or more")
-        if isinstance(knowledge, Sized) and not len(knowledge):
-            raise UsageError("the knowledge base holds no documents: add some, and ask then")
+        check_searcher(knowledge)
+        if isinstance(embedder, str | Path):
+            from nanochat.retrieval.embed import make_embedder
+
+            embedder = make_embedder(embedder)
+        if embedder is not None and not callable(getattr(embedder, "embed", None)):
+            raise UsageError(f"embedder {embedder!r:.80}: expected a name such as minilm, or an object with `embed`")
         parts = ["lexical", *["embedding"] * (embedder is not None), *["contrast"] * contrast]
         if frozenset(parts) not in calibration:
             raise UsageError(f"support by {' and '.join(parts)} needs a calibration fitted to them: see rag.support")
@@ -145,7 +152,7 @@ class GroundedChat:
         """The query for the last question, and what it finds. No hits for an empty query."""
         conversation = as_messages(messages)
         query = self.rewrite(conversation).strip()
-        return query, list(self.knowledge.search([query], self.top_k)[0]) if query else []
+        return query, hits_of(self.knowledge, [query], self.top_k)[0] if query else []
 
     def chat(self, messages: str | Sequence[Mapping[str, Any]], **sampling: Any) -> GroundedAnswer:
         """The answer to a conversation: a list of {"role", "content"}, or just a question.
@@ -248,9 +255,7 @@ def _abstention(draft: Completion, tokenizer: Tokenizer) -> Completion:
 
 def as_messages(messages: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A conversation that ends with the user's question. Raises UsageError when it has none."""
-    if isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}]
-    conversation = [dict(message) for message in messages]
+    conversation = as_conversation(messages)
     while conversation and conversation[-1].get("role") == "assistant":
         conversation.pop()
     if not conversation or conversation[-1].get("role") != "user":

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from nanochat.errors import UsageError
 from nanochat.retrieval.document import Document, Hit
@@ -50,3 +50,24 @@ def open_knowledge(path: str | Path, mode: str = "") -> Knowledge:
     if not len(base):
         raise UsageError(f"the knowledge base {path} holds no documents: add some with `nanochat retrieval add`")
     return Knowledge(base, mode)
+
+
+def check_searcher(knowledge: Any) -> None:
+    """Raises UsageError for what cannot be searched, or has nothing to be found."""
+    if not callable(getattr(knowledge, "search", None)):
+        raise UsageError(
+            f"expected a knowledge base, its path, or a retriever with `search`, got {type(knowledge).__name__}"
+        )
+    if isinstance(knowledge, Sized) and not len(knowledge):
+        raise UsageError("the knowledge base holds no documents: add some, and ask then")
+
+
+def hits_of(knowledge: Searcher, queries: Sequence[str], k: int) -> list[list[Hit]]:
+    """What a search finds. Raises UsageError for a retriever of the user's that gives something else."""
+    found = [list(hits) for hits in knowledge.search(queries, k)]
+    if len(found) != len(queries) or not all(isinstance(hit, Hit) for hits in found for hit in hits):
+        raise UsageError(
+            f"{type(knowledge).__name__}.search must return a list of nanochat.retrieval.Hit for each of "
+            f"{len(queries)} queries, got {found!r:.80}"
+        )
+    return found

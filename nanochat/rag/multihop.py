@@ -19,7 +19,7 @@ from nanochat.engine.rollout import Rollout
 from nanochat.engine.tools import Call, Request, Result
 from nanochat.errors import UsageError
 from nanochat.rag.citations import ABSTAINED, Answer, parse
-from nanochat.rag.knowledge import Searcher
+from nanochat.rag.knowledge import Searcher, hits_of
 from nanochat.rag.prompt import aggregate, distinct, fit, headings, result_part, said
 from nanochat.retrieval.document import Document, Hit
 from nanochat.tokenizer import Tokenizer
@@ -117,8 +117,8 @@ class SearchTool:
                 groups.setdefault(id(searcher), (searcher, []))[1].append(i)
         found: list[list[Hit]] = [[] for _ in queries]
         for searcher, members in groups.values():
-            for i, hits in zip(members, searcher.search([queries[i] for i in members], self.depth + known)):
-                found[i] = list(hits)
+            for i, hits in zip(members, hits_of(searcher, [queries[i] for i in members], self.depth + known)):
+                found[i] = hits
         return found
 
     def result(self, request: Request, asking: Asking, query: str, hits: Sequence[Hit]) -> Result:

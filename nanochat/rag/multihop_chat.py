@@ -12,7 +12,7 @@ The same loop as in training and evaluation (`engine.rollout`), with one row; or
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Mapping, Sequence, Sized
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -29,7 +29,7 @@ from nanochat.rag.calibration import DEFAULT, Calibration
 from nanochat.rag.citation_stream import CitationStream
 from nanochat.rag.citations import headings_in
 from nanochat.rag.grounded import GroundedAnswer, as_messages, lay_out
-from nanochat.rag.knowledge import Searcher
+from nanochat.rag.knowledge import Searcher, check_searcher
 from nanochat.rag.multihop import (
     Hop,
     Query,
@@ -81,8 +81,7 @@ class MultiHopChat:
     ) -> None:
         if max_hops < 0:
             raise UsageError(f"max_hops {max_hops}: expected 0 (no search) or more")
-        if isinstance(knowledge, Sized) and not len(knowledge):
-            raise UsageError("the knowledge base holds no documents: add some, and ask then")
+        check_searcher(knowledge)
         self.model, self.tokenizer, self.knowledge = model, tokenizer, knowledge
         self.max_hops, self.top_k, self.calibration = max_hops, top_k, calibration
         self.cache = PrefixCache() if cache is None else cache

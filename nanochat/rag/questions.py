@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class RagQuestion:
     sentence: str
     gold: tuple[str, ...]
     documents: tuple[Document, ...] = ()
+    place: str = field(default="", compare=False)  # where in its file it stands: `line 3`
 
     @property
     def answerable(self) -> bool:
@@ -66,7 +67,7 @@ def load_questions(path: str | Path) -> list[RagQuestion]:
             if question.id in places:
                 problems.append(f"{where}: the id {question.id!r} stands at {places[question.id]} too")
             places.setdefault(question.id, where)
-            found.append(question)
+            found.append(replace(question, place=where))
     if not found and not problems:
         problems.append("it holds no question")
     complain(problems, f"{path} cannot be used")
@@ -81,7 +82,7 @@ def _records(path: Path, problems: list[str]) -> Iterator[tuple[str, Any]]:
         raise NanochatError(f"cannot read {path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise NanochatError(f"{path}, line {line}: not UTF-8 ({error.reason})") from None
+        raise UsageError(f"{path}, line {line}: not UTF-8 ({error.reason})") from None
     is_list = text.lstrip().startswith("[")
     for number, piece in enumerate([text] if is_list else text.split("\n"), 1):
         if not piece.strip():
@@ -101,12 +102,14 @@ def parse_question(record: Any, default_id: str) -> RagQuestion:
     """One record. Raises ValueError that says what is wrong with it."""
     if not isinstance(record, dict):
         raise ValueError(f"must be an object, got {type(record).__name__}")
-    if "supporting_facts" in record and "context" in record:
+    if "supporting_facts" in record or "context" in record:
         return _hotpotqa(record, default_id)
     text = record.get("question", record.get("query"))
     if not isinstance(text, str) or not text.strip():
         raise ValueError('needs "question": a text that is not empty')
     answers: Any = record.get("answers", record.get("answer", []))
+    if answers is None:
+        raise ValueError('"answer" is null: leave it out where nothing answers the question')
     answers = [answers] if isinstance(answers, str) else answers
     if not isinstance(answers, list) or not all(isinstance(a, str) and a.strip() for a in answers):
         raise ValueError('"answer" must be a text (or "answers" a list of texts)')
@@ -129,12 +132,27 @@ def _document(item: Any, number: int) -> Document:
 
 def _hotpotqa(record: dict[str, Any], default_id: str) -> RagQuestion:
     """HotpotQA: `context` is [[title, [sentence, …]], …] or {"title": […], "sentences": […]}; titles are the ids."""
-    context, facts = record["context"], record["supporting_facts"]
-    if isinstance(context, dict):
-        context = list(zip(context["title"], context["sentences"]))
-    titles = facts["title"] if isinstance(facts, dict) else [title for title, _ in facts]
+    for name in ("question", "answer"):
+        if not isinstance(record.get(name), str) or not record[name].strip():
+            raise ValueError(f'needs "{name}": a text that is not empty (it is a record of HotpotQA)')
+    context, facts = _pairs(record, "context", "sentences"), _pairs(record, "supporting_facts", "sent_id")
+    for number, (title, sentences) in enumerate(context, 1):
+        if not isinstance(sentences, list) or not all(isinstance(one, str) for one in [title, *sentences]):
+            raise ValueError(f'document {number} of "context": expected [title, [sentence, …]]')
     documents = tuple(Document(title, "".join(sentences).strip(), title) for title, sentences in context)
-    gold = tuple(dict.fromkeys(titles))
-    answer = record["answer"]
+    gold = tuple(dict.fromkeys(str(title) for title, _ in facts))
     identity = str(record.get("_id", record.get("id", default_id)))
-    return RagQuestion(identity, record["question"], (answer,), answer, gold, documents)
+    return RagQuestion(identity, record["question"], (record["answer"],), record["answer"], gold, documents)
+
+
+def _pairs(record: dict[str, Any], name: str, second: str) -> list[tuple[Any, Any]]:
+    """A list of pairs, or the same as two columns. Raises ValueError for anything else."""
+    value = record.get(name)
+    if isinstance(value, dict) and isinstance(value.get("title"), list) and isinstance(value.get(second), list):
+        value = list(zip(value["title"], value[second]))
+    if not isinstance(value, list) or not all(isinstance(one, list | tuple) and len(one) == 2 for one in value):
+        raise ValueError(
+            f'needs "{name}": [[title, {"[sentence, …]" if name == "context" else "number of a sentence"}], …] '
+            "(it is a record of HotpotQA)"
+        )
+    return [(first, other) for first, other in value]

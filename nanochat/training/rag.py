@@ -66,25 +66,26 @@ class RagSettings(TrainSettings):
     lr_scale: float = 0.35
     """factor on every learning rate"""
 
-    def check(self) -> None:
-        super().check()
+    def problems(self) -> list[str]:
+        found = super().problems()
         if self.top_k < 1:
-            raise UsageError(f"--top_k {self.top_k}: must be at least 1")
+            found.append(f"--top_k {self.top_k}: must be at least 1")
         for flag in ("absent", "first"):
             if not 0 <= getattr(self, flag) < 1:
-                raise UsageError(f"--{flag} {getattr(self, flag)}: must be at least 0 and below 1")
+                found.append(f"--{flag} {getattr(self, flag)}: must be at least 0 and below 1")
         if not (self.knowledge_base or self.contexts):
-            raise UsageError(
+            found.append(
                 "nothing to train on: give --knowledge_base DIRECTORY (train.jsonl beside it, or --questions FILE), or "
                 "--contexts documents=3 for contexts of the tiny world"
             )
+        return found
 
 
 def train_rag(settings: RagSettings) -> dict[str, float]:
     """Check everything, then train the stage `rag` of the run. Raises UsageError that lists all that is wrong."""
+    knowledge, questions = validate(settings)
     rt = start(settings)
     tokenizer = load_tokenizer(run_dir(settings) / "tokenizer")
-    knowledge, questions = validate(settings)
     context = settings.sequence_len or read_meta(find_source(settings))["model_config"]["sequence_len"]
     train, val = rag_tasks(settings, tokenizer, context, knowledge, questions)
     ordered = isinstance(train, Curriculum)
@@ -92,8 +93,9 @@ def train_rag(settings: RagSettings) -> dict[str, float]:
 
 
 def validate(settings: RagSettings) -> tuple[Knowledge | None, list[RagQuestion]]:
-    """The knowledge base and its questions. Raises UsageError that names everything wrong with them at once."""
-    problems: list[str] = []
+    """The knowledge base and its questions. Raises UsageError that names everything wrong with them, and with the
+    flags, at once."""
+    problems = settings.problems()
 
     def attempt(work: Callable[[], Any]) -> Any:
         try:
@@ -107,13 +109,16 @@ def validate(settings: RagSettings) -> tuple[Knowledge | None, list[RagQuestion]
     questions: list[RagQuestion] = []
     if settings.knowledge_base:
         knowledge = attempt(lambda: open_knowledge(settings.knowledge_base, settings.retriever_type))
-        path = settings.questions or Path(settings.knowledge_base).parent / "train.jsonl"
-        questions = attempt(lambda: load_questions(path)) or []
+        path = Path(settings.questions or Path(settings.knowledge_base).parent / "train.jsonl")
+        if not settings.questions and not path.exists():
+            problems.append(f"{path}: there is no such file: give the questions with --questions FILE")
+        else:
+            questions = attempt(lambda: load_questions(path)) or []
         if knowledge is not None and questions:
-            gold = {g for question in questions for g in question.gold}
+            gold = {g: question.place for question in reversed(questions) for g in question.gold}
             missing = sorted(g for g in gold if g not in knowledge)
             if missing:
-                shown = ", ".join(missing[:5])
+                shown = ", ".join(f"{g} of {gold[g]}" for g in missing[:5])
                 problems.append(
                     f"{path}: {len(missing)} of {len(gold)} gold documents are not in {settings.knowledge_base} "
                     f"(such as {shown}): build the knowledge base from the documents that the questions were made for"

@@ -157,23 +157,30 @@ class TrainSettings:
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.name in names}
         return {name: value for name, value in given.items() if value is not None}
 
-    def check(self) -> None:
-        """Raises UsageError naming the flag, its value and what is allowed."""
+    def problems(self) -> list[str]:
+        """Everything that is wrong with the flags: each with its value and what is allowed."""
+        found: list[str] = []
         for flag in ("device_batch_size", "keep_last", "log_every", "n_lanes", "eval_tokens"):
             if getattr(self, flag) < 1:
-                raise UsageError(f"--{flag} {getattr(self, flag)}: must be at least 1")
+                found.append(f"--{flag} {getattr(self, flag)}: must be at least 1")
         for flag in (
             "total_batch_size", "num_iterations", "target_tokens", "eval_every", "save_every", "clip", "max_minutes",
             "seed", "start_len", "lr_scale", "matrix_lr", "embedding_lr", "head_lr", "small_lr", "weight_decay",
         ):  # fmt: skip
             if not getattr(self, flag) >= 0:  # nan neither
-                raise UsageError(f"--{flag} {getattr(self, flag)}: must not be negative")
+                found.append(f"--{flag} {getattr(self, flag)}: must not be negative")
         for flag in ("warmup", "warmdown", "final_lr", "grow_share"):
             if not 0 <= getattr(self, flag) <= 1:
-                raise UsageError(f"--{flag} {getattr(self, flag)}: must be between 0 and 1")
+                found.append(f"--{flag} {getattr(self, flag)}: must be between 0 and 1")
         for flag, allowed in (("compile", ("auto", "on", "off")), ("wandb", ("off", "offline", "online"))):
             if getattr(self, flag) not in allowed:
-                raise UsageError(f"--{flag} {getattr(self, flag)}: must be one of {', '.join(allowed)}")
+                found.append(f"--{flag} {getattr(self, flag)}: must be one of {', '.join(allowed)}")
+        return found
+
+    def check(self) -> None:
+        """Raises one UsageError for all `problems`."""
+        if found := self.problems():
+            raise UsageError("\n".join(found))
 
 
 RESOLVED = ("d_model", "n_head", "n_kv_head", "head_dim", "head_dim2", "dt_rank")

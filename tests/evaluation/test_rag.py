@@ -3,6 +3,7 @@ goes through the command."""
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from readers import build_reader, hotpot
@@ -324,7 +325,10 @@ def test_all_that_cannot_be_asked_is_said_at_once(monkeypatch, model, tokenizer)
     assert re.search(r"question q2: needs \d+ tokens \(64 for the answer, 32 for documents\), .* has 1024", text)
     text = refused(monkeypatch, model, tokenizer, None, questions[:1])
     assert "q1: brings no documents" in text
-    assert "is not in the question's documents" in text
+    assert "is not in the question's documents" not in text  # which follows
+    own = replace(questions[0], documents=(Document("here", "Mara."),), place="line 3")
+    text = refused(monkeypatch, model, tokenizer, None, [own])
+    assert "line 3, question q1: its gold document 'nowhere' is not in the question's documents" in text
     assert "there is no question" in refused(monkeypatch, model, tokenizer, Shelf(), [])
 
 

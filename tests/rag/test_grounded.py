@@ -389,3 +389,33 @@ def test_documents_that_lose_their_ends_are_spoken_of(caplog):
     caplog.clear()
     scripted(*text("Yes.")).chat("Is Torwick old?")
     assert "too long" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        (None, "expected a question or a list of messages, got NoneType"),
+        (5, "got int"),
+        ([{"role": "user"}], "message 0 must be"),
+        ([user("Torwick?"), "and"], "message 1 must be"),
+    ],
+)
+def test_what_is_no_conversation(messages, message):
+    with pytest.raises(UsageError, match=message):
+        scripted(*text("Yes.")).chat(messages)
+
+
+@pytest.mark.parametrize("knowledge", [5, object()])
+def test_what_cannot_be_searched_is_refused_at_once(knowledge):
+    with pytest.raises(UsageError, match="expected a knowledge base, its path, or a retriever"):
+        GroundedChat(Scripted(), TOKENIZER, knowledge)
+
+
+@pytest.mark.parametrize("found", [[], [["a title"]], [[], []]])
+def test_a_retriever_that_finds_no_hits(found):
+    class Odd:
+        def search(self, queries, k=5):
+            return found
+
+    with pytest.raises(UsageError, match=r"Odd.search must return a list of nanochat.retrieval.Hit for each of 1"):
+        scripted(*text("Yes."), knowledge=Odd()).chat("Torwick?")

@@ -95,3 +95,26 @@ def test_files_that_hold_no_questions(tmp_path: Path, content: bytes, message: s
         load_questions(tmp_path / "x.jsonl")
     with pytest.raises(NanochatError, match="cannot read"):
         load_questions(tmp_path / "nowhere.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"context": [["t"]]}, r'line 1: needs "context": \[\[title, \[sentence'),
+        ({"context": [["t", "text"]]}, 'line 1: document 1 of "context": expected'),
+        ({"context": None}, 'line 1: needs "context"'),
+        ({"supporting_facts": None}, 'line 1: needs "supporting_facts"'),
+        ({"answer": None}, 'line 1: needs "answer"'),
+        ({"question": " "}, 'line 1: needs "question"'),
+    ],
+)
+def test_records_of_hotpotqa_that_lack_something(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    record = {name: value for name, value in {**HOTPOT, **change}.items() if value is not None}
+    with pytest.raises(UsageError, match=message):
+        load_questions(write(tmp_path / "h.jsonl", record))
+
+
+def test_an_answer_that_is_null(tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text('{"question": "Who?", "answer": null}')
+    with pytest.raises(UsageError, match='line 1: "answer" is null: leave it out'):
+        load_questions(tmp_path / "q.jsonl")

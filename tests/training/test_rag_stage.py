@@ -34,8 +34,9 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
     questions = tmp_path / "train.jsonl"
     questions.write_text('{"question": "a", "answer": "b"}\n{"question": 3}\n')
     given = settings(
-        "rag", tmp_path, contexts="dokuments=3", knowledge_base=str(tmp_path / "none"), tasks=("nothing",)
-    )
+        "rag", tmp_path, contexts="dokuments=3", knowledge_base=str(tmp_path / "none"), tasks=("nothing",), top_k=0,
+        absent=3.0, warmup=2.0, questions=str(questions),
+    )  # fmt: skip
     with pytest.raises(UsageError) as error:
         validate(given)
     text = str(error.value)
@@ -44,7 +45,15 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
     assert str(tmp_path / "none") in text
     assert "line 2" in text
     assert "unknown task 'nothing'" in text
-    assert len(text.splitlines()) >= 5
+    assert "--top_k 0: must be at least 1" in text
+    assert "--absent 3.0" in text
+    assert "--warmup 2.0" in text
+    assert len(text.splitlines()) >= 8
+
+
+def test_a_knowledge_base_without_questions_beside_it(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"train.jsonl: there is no such file: give the questions with --questions"):
+        validate(settings("rag", tmp_path, knowledge_base=str(tmp_path / "kb")))
 
 
 @pytest.mark.parametrize(
