@@ -13,6 +13,7 @@ nothing answers. About Python each question asks for an object of its own. Equal
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from nanochat.rag import known_item
 from nanochat.rag.tasks import as_document
 from nanochat.retrieval.display import document_values
 from nanochat.retrieval.generation import KINDS
+
+log = logging.getLogger("nanochat")
 
 SHARES = {1: 0.5, 2: 0.3, 3: 0.2}  # of the answerable questions, by hops
 MODES = ("example", "build", "python_docs")
@@ -148,10 +151,17 @@ def python(settings: DatasetSettings) -> dict[str, str]:
     asked = known_item.questions(records)
     sizes = {name: getattr(settings, name) for name in ("train", "validation", "test")}
     if (wanted := sum(sizes.values())) > len(asked):
-        raise UsageError(
-            f"these modules give {len(asked):,} questions, not {wanted:,}: ask fewer with --train, --validation and "
-            "--test"
-        )
+        default = DatasetSettings()
+        if any(size != getattr(default, name) for name, size in sizes.items()):
+            raise UsageError(
+                f"these modules give {len(asked):,} questions, not {wanted:,}: ask fewer with --train, --validation "
+                "and --test"
+            )
+        sizes = {name: size * len(asked) // wanted for name, size in sizes.items()}
+        log.warning(
+            "these modules give %s questions, not %s: as many are written, in the same proportions (%s)",
+            f"{len(asked):,}", f"{wanted:,}", ", ".join(f"{name} {size:,}" for name, size in sizes.items()),
+        )  # fmt: skip
     files = {"documents.jsonl": _lines(map(document, records))}
     order, start = Shuffle(len(asked), mix(0x9D0C, settings.seed)), 0
     for name, size in sizes.items():

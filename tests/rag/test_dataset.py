@@ -110,7 +110,7 @@ def test_equal_settings_give_equal_files_and_other_ones_are_refused(made: Path) 
         (["--documents", "x.jsonl"], "--documents goes with --mode build"),
         (["--modules", "json"], "--modules goes with --mode python_docs"),
         (["--mode", "python_docs", "--modules", "jsn"], "--modules jsn: no module of the standard library"),
-        (["--mode", "python_docs", "--modules", "json"], "questions, not 5,000: ask fewer with --train"),
+        (["--mode", "python_docs", "--modules", "json", "--test", "9"], "questions, not 4,509: ask fewer with"),
         (["--retriever_type", "bm26"], "--retriever_type bm26: choose from"),
         (["--new", "39"], "--new 39: must be at least 40"),
         (["--new", "40", "--known", "10"], "new entities give only"),
@@ -190,3 +190,11 @@ def test_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(UsageError, match=r"pip install 'nanochat\[rag\]'"):
         prepare(DatasetSettings(output=str(tmp_path / "rag"), **SMALL))
     assert not (tmp_path / "rag").exists()
+
+
+def test_modules_with_fewer_questions_than_usual(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    prepare(DatasetSettings("python_docs", str(tmp_path), modules=("json",), retriever_type="simple"))
+    train, validation = (len((tmp_path / f"{name}.jsonl").read_text().splitlines()) for name in ("train", "validation"))
+    assert train > 5
+    assert abs(train - 8 * validation) <= 8
+    assert "in the same proportions" in caplog.text
