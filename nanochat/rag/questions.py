@@ -102,7 +102,7 @@ def parse_question(record: Any, default_id: str) -> RagQuestion:
     """One record. Raises ValueError that says what is wrong with it."""
     if not isinstance(record, dict):
         raise ValueError(f"must be an object, got {type(record).__name__}")
-    if "supporting_facts" in record or "context" in record:
+    if "supporting_facts" in record or not isinstance(record.get("context", ""), str):  # SQuAD's is a text
         return _hotpotqa(record, default_id)
     text = record.get("question", record.get("query"))
     if not isinstance(text, str) or not text.strip():

@@ -103,6 +103,7 @@ def test_files_that_hold_no_questions(tmp_path: Path, content: bytes, message: s
         ({"context": [["t"]]}, r'line 1: needs "context": \[\[title, \[sentence'),
         ({"context": [["t", "text"]]}, 'line 1: document 1 of "context": expected'),
         ({"context": None}, 'line 1: needs "context"'),
+        ({"supporting_facts": None, "context": ["One."]}, 'line 1: needs "context"'),
         ({"supporting_facts": None}, 'line 1: needs "supporting_facts"'),
         ({"answer": None}, 'line 1: needs "answer"'),
         ({"question": " "}, 'line 1: needs "question"'),
@@ -118,3 +119,8 @@ def test_an_answer_that_is_null(tmp_path: Path) -> None:
     (tmp_path / "q.jsonl").write_text('{"question": "Who?", "answer": null}')
     with pytest.raises(UsageError, match='line 1: "answer" is null: leave it out'):
         load_questions(tmp_path / "q.jsonl")
+
+
+def test_a_context_that_is_a_text_is_none_of_ours(tmp_path: Path) -> None:
+    path = write(tmp_path / "q.jsonl", {"question": "Who?", "answer": "A", "context": "A did it.", "gold": ["a"]})
+    assert load_questions(path)[0].gold == ("a",)
