@@ -64,7 +64,7 @@ class Profile:
 
 RAG_LEN = 1024  # tokens of a row of contexts
 PROFILES = {
-    "cpu": Profile(120, 1000, 40, 2048, 4, 128, 256, 8, 400, 500, 50, 3000, 1, 3, 1800, 12),
+    "cpu": Profile(120, 1000, 40, 2048, 4, 128, 256, 8, 400, 500, 50, 3000, 1, 3, 1800, 8),
     "gpu": Profile(1000, 8000, 60, 2048, 6, 384, 512, 32, 1200, 1000, 100, 4000, 8, 5, 3000, 100),
 }
 
@@ -167,14 +167,14 @@ def plan(settings: QuickstartSettings) -> Plan:
         MidSettings(**common, data=text, data_share=0.5, tasks=tasks, num_iterations=steps(p.mid_steps)),
         SFTSettings(**common, tasks=tasks, num_iterations=steps(p.sft_steps)),
         RagSettings(
-            **{**common, "sequence_len": RAG_LEN, "device_batch_size": p.rag_rows, "save_every": 200, "eval_every": 400,
+            **{**common, "sequence_len": RAG_LEN, "device_batch_size": p.rag_rows, "save_every": 200, "eval_every": 1000,
                "total_batch_size": p.rag_rows * RAG_LEN},
             source="sft", contexts=f"seed={settings.world_seed},n={rag_contexts(p, settings.scale)},"
             f"documents={p.rag_documents},questions=12", num_iterations=steps(p.rag_steps), top_k=p.rag_documents,
         ),
         RefragSettings(**search, warm_start_steps=steps(p.refrag_steps), use_rewards=False),
         RefragSettings(**search, source="refrag_sft", warm_start_steps=0, num_iterations=steps(p.refrag_rounds),
-                       eval_prompts=64, eval_every=4, curriculum="none", oversample=4, max_rows=128),
+                       eval_prompts=64, eval_every=4, curriculum="none", oversample=2, max_rows=256),
         f"world:seed={settings.world_seed + 1},known=10,new={p.new}",
         {
             "closed_book_known_em": f"world-qa:{world},split=known,{asked},style=sentence",
