@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator, Mapping, Sequence
 from inspect import signature
 from pathlib import Path
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from nanochat.retrieval import KnowledgeBase
 
 Messages = str | Sequence[dict[str, Any]]
+HOP_K = 2  # documents of each of several searches, unless a model was trained with others
 
 
 def load(
@@ -67,6 +69,15 @@ class ChatModel:
     def context(self) -> int:
         """Tokens that prompt and answer may have together."""
         return self.model.config.sequence_len
+
+    @property
+    def hop_k(self) -> int:
+        """Documents of each search that it was trained to read; HOP_K where its directory does not say."""
+        try:
+            trained: Any = json.loads((self.path.parent / "config.json").read_text(encoding="utf-8"))
+            return max(1, int(trained["top_k"])) if trained_to_search(self.meta) else HOP_K
+        except (OSError, ValueError, TypeError, KeyError):
+            return HOP_K
 
     def chat(self, messages: Messages, **sampling: Any) -> str:
         """The assistant's answer to a conversation: a list of {"role", "content"}, or just the user's text.
@@ -135,8 +146,10 @@ class ChatModel:
     ) -> MultiHopChat:
         """This model searching on its own, hop by hop, before it answers: for one that `refrag_finetune` trained.
 
-        knowledge, mode and errors: as in `with_knowledge`. options: those of `MultiHopChat`, such as max_hops.
+        knowledge, mode and errors: as in `with_knowledge`. options: those of `MultiHopChat`, such as max_hops; top_k is
+        what the model was trained with.
         """
+        options.setdefault("top_k", self.hop_k)
         knowledge = open_searcher(knowledge, mode, MultiHopChat, options, "with_search")
         if not trained_to_search(self.meta):
             log.warning(

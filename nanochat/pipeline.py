@@ -167,8 +167,8 @@ def plan(settings: QuickstartSettings) -> Plan:
         MidSettings(**common, data=text, data_share=0.5, tasks=tasks, num_iterations=steps(p.mid_steps)),
         SFTSettings(**common, tasks=tasks, num_iterations=steps(p.sft_steps)),
         RagSettings(
-            **{**common, "sequence_len": RAG_LEN, "device_batch_size": p.rag_rows, "save_every": 200, "eval_every": 1000,
-               "total_batch_size": p.rag_rows * RAG_LEN},
+            **{**common, "sequence_len": RAG_LEN, "device_batch_size": p.rag_rows, "save_every": 200,
+               "eval_every": 1000, "total_batch_size": p.rag_rows * RAG_LEN},
             source="sft", contexts=f"seed={settings.world_seed},n={rag_contexts(p, settings.scale)},"
             f"documents={p.rag_documents},questions=12", num_iterations=steps(p.rag_steps), top_k=p.rag_documents,
         ),

@@ -58,8 +58,9 @@ class ChatSettings:
     """system message"""
     knowledge_base: str | None = None
     """answer from the documents in this directory, and cite them"""
-    documents: int = 5
-    """documents that are retrieved for each question"""
+    documents: int | None = None
+    """documents that are retrieved for each question (default: 5; with --max_hops for each search, as many as the model
+    was trained with)"""
     retriever_type: str = ""
     """how to search: simple, bm25, dense or hybrid (default: what the knowledge base was built for)"""
     max_hops: int = 0
@@ -110,7 +111,7 @@ def chat_cli(argv: list[str] | None = None) -> int:
     sampling = settings.sampling()
     if settings.prompt is not None and not settings.prompt.strip():
         raise UsageError("-p: the prompt is empty")
-    if settings.documents < 1:
+    if settings.documents is not None and settings.documents < 1:
         raise UsageError(f"--documents {settings.documents}: expected 1 or more")
     if settings.max_hops < 0 or (settings.max_hops and not settings.knowledge_base):
         raise UsageError(f"--max_hops {settings.max_hops}: expected 0 or more, and more only with --knowledge_base")
@@ -120,12 +121,12 @@ def chat_cli(argv: list[str] | None = None) -> int:
     knowledge = open_knowledge(settings.knowledge_base, settings.retriever_type) if settings.knowledge_base else None
     source = settings.find_source()
     model = load(source, settings.run, settings.out_dir, settings.device, settings.dtype, settings.quantize)
-    options: dict[str, Any] = {"top_k": settings.documents, "document_tokens": settings.document_tokens}
+    options: dict[str, Any] = {"top_k": settings.documents} if settings.documents else {}
 
     def ask(knowledge: Knowledge) -> Grounded:
         if settings.max_hops:
-            return model.with_search(knowledge, max_hops=settings.max_hops, top_k=settings.documents)
-        return model.with_knowledge(knowledge, **options)
+            return model.with_search(knowledge, max_hops=settings.max_hops, **options)
+        return model.with_knowledge(knowledge, document_tokens=settings.document_tokens, **options)
 
     def ground(path: str) -> ChatModel | Grounded:
         return ask(open_knowledge(path, settings.retriever_type)) if path else model

@@ -147,6 +147,17 @@ def test_a_model_that_searches_on_its_own(chat, knowledge, tmp_path, caplog):
     assert "never trained" not in caplog.text
 
 
+def test_a_search_brings_as_many_documents_as_the_model_learnt_with(knowledge, tmp_path):
+    save_stage(tmp_path, "refrag")
+    model = load("refrag", out_dir=tmp_path)
+    assert model.with_search(knowledge).top_k == 2
+    (model.path.parent / "config.json").write_text('{"top_k": 1}')
+    assert model.with_search(knowledge).top_k == 1
+    assert model.with_search(knowledge, top_k=3).top_k == 3
+    (model.path.parent / "config.json").write_text("[]")
+    assert model.with_search(knowledge).top_k == 2
+
+
 def test_wrong_knowledge_says_what_is_wrong(chat, knowledge, tmp_path):
     with pytest.raises(UsageError, match="does not exist"):
         chat.with_knowledge(tmp_path / "nothing")

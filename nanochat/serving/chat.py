@@ -29,7 +29,7 @@ from nanochat.serving.streams import DONE, EventStream, Frames, events, frame, u
 from nanochat.serving.strict import StrictRoute
 
 router = APIRouter(route_class=StrictRoute)
-TOP_K, HOP_K = 5, 2  # documents of an answer, and of one of several searches
+TOP_K = 5  # documents of an answer
 LEFT = 499  # the client left before the answer; nobody reads this
 
 
@@ -160,7 +160,10 @@ def _laid_out(served: Served, body: ChatRequest, sampling: Sampling, service: Se
         turn = Turn(served, body, rendered.ids, sampling)
         turn.dropped_turns, turn.truncated_tokens = rendered.dropped_turns, rendered.truncated_tokens
         return turn
-    if body.retrieval.multi_hop:
+    multi_hop = body.retrieval.multi_hop
+    if multi_hop is None:  # a model that was trained to search can do nothing else with documents
+        multi_hop = served.can_search and (body.n or 1) == 1 and not body.logprobs
+    if multi_hop:
         search = _searching(served, body, body.retrieval, sampling, service)
         turn, shown = Turn(served, body, search.ids, sampling, search=search), search.chat.shown(conversation)
     else:
@@ -266,7 +269,7 @@ def _searching(
     if (body.n or 1) > 1 or body.logprobs:
         raise ApiError(400, "an answer with multi_hop comes alone, without logprobs", param="retrieval.multi_hop")
     searcher = service.shelf.searcher(wanted.knowledge_base, wanted.mode)
-    top_k = wanted.top_k or HOP_K  # the scheduler keeps the states of conversations
+    top_k = wanted.top_k or served.chat.hop_k  # the scheduler keeps the states of conversations
     chat = MultiHopChat(served.chat.model, served.chat.tokenizer, searcher, top_k=top_k, cache=PrefixCache(0))
     return chat.prepare(body.conversation(), **asdict(sampling))
 

@@ -56,13 +56,15 @@ class Retrieval(Strict):
 
     knowledge_base: Annotated[str, Field(pattern=NAME)]
     top_k: Annotated[int, Field(ge=1, le=MAX_TOP_K)] | None = Field(
-        None, description="documents of the answer, or of each search of multi_hop (default: 5, or 2)"
+        None, description="documents of the answer, or of each search of multi_hop (default: 5, or as the model learnt)"
     )
     mode: Mode | None = Field(None, description="how to search; null: what the knowledge base was built for")
     reread: bool = Field(
         True, description="answer twice, the second time from the documents that the first answer, a draft, cites"
     )
-    multi_hop: bool = Field(False, description="let the model search several times; needs a model trained to")
+    multi_hop: bool | None = Field(
+        None, description="let the model search several times; needs a model trained to (default: if it was)"
+    )
 
 
 class SamplingFields(Strict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
 import sys
 from pathlib import Path
@@ -37,6 +38,8 @@ def chat_web(argv: list[str] | None = None) -> int:
 
 def make_server(settings: ServeSettings, models: dict[str, ChatModel]) -> uvicorn.Server:
     """The HTTP server, not yet running."""
+    if settings.access_log:
+        logging.getLogger("uvicorn.access").handlers = log.handlers
     options = uvicorn.Config(
         create_app(settings, models),
         http=make_protocol(settings.idle_seconds),

@@ -106,7 +106,7 @@ def test_orders_in_documents_call_nothing(searching, monkeypatch):
     searched = []
     search = Knowledge.search
     monkeypatch.setattr(Knowledge, "search", lambda self, q, *a, **k: searched.extend(q) or search(self, q, *a, **k))
-    body = {**SEARCH, "retrieval": {"knowledge_base": "towns", "reread": False}, "max_tokens": 40}
+    body = {**SEARCH, "retrieval": {"knowledge_base": "towns", "reread": False, "multi_hop": False}, "max_tokens": 40}
     with searching.client() as client:
         answer = client.post(CHAT, json=body).json()
     assert searched == [WHO[0]["content"]]
@@ -159,3 +159,13 @@ def test_searches_are_bounded_like_other_requests(searching, waiting):
         until(lambda: (scheduler.stats().active, scheduler.stats().queued) == (0, 0))
         go.set()
         assert client.post(CHAT, json=SEARCH).json()["choices"][0]["message"]["content"] == "It is the Rill. [2]"
+
+
+def test_a_model_that_was_trained_to_search_does_so_unless_it_cannot(searching):
+    asked = {"knowledge_base": "towns", "top_k": 1}
+    with searching.client() as client:
+        found = [
+            client.post(CHAT, json={**SEARCH, "retrieval": asked, **more}).json()
+            for more in ({}, {"n": 2, "max_tokens": 5}, {"logprobs": True, "max_tokens": 5})
+        ]
+    assert [len(answer["trace"]) for answer in found] == [2, 1, 1]

@@ -64,6 +64,7 @@ def test_passages_that_are_not_cited_are_shown_too(visit):
     guest = visit()
     guest.page.select_option("#model", "tiny-refrag")
     guest.use_documents()
+    guest.page.click("#multi-hop")  # one search, of ours
     guest.ask("Torwick?")
     assert "check what matters" in guest.page.inner_text("#hint")
     guest.page.click("#show-sources")
@@ -82,9 +83,9 @@ def test_switches_are_sent(visit):
     guest.use_documents()
     assert page.locator("#multi-hop").count() == 0
     page.select_option("#model", "tiny-refrag")
+    assert page.get_attribute("#multi-hop", "aria-pressed") == "true"  # which such a model has learnt
     page.click("#multi-hop")
-    assert page.get_attribute("#multi-hop", "aria-pressed") == "true"
-    page.click("#multi-hop")
+    assert page.get_attribute("#multi-hop", "aria-pressed") == "false"
     page.click("#show-settings")
     page.fill("#top-k-documents", "1")
     page.select_option("#mode", "simple")
@@ -113,9 +114,8 @@ def test_multi_hop_is_asked_for(visit):
     page.route("**/v1/chat/completions", answer)  # the trace of a model that searches twice
     page.select_option("#model", "tiny-refrag")
     guest.use_documents()
-    page.click("#multi-hop")
     guest.ask("Where was the founder born?")
-    assert sent[0]["retrieval"]["multi_hop"] is True
+    assert sent[0]["retrieval"] == {"knowledge_base": "towns", "multi_hop": True}  # as many documents as it learnt with
     assert "Searched 2 times: 2 passages" in page.inner_text(".trace summary")
     page.click(".trace summary")
     assert page.locator(".trace .query").all_inner_texts() == ["1. “founder”", "2. “born”"]
@@ -138,6 +138,9 @@ def test_files_are_uploaded_searched_and_deleted(visit, site):
     page.wait_for_selector(".uploads >> text=added, 2 documents")
     page.wait_for_selector(".base.chosen >> text=4 documents")
     assert page.input_value("#knowledge") == "my-notes"
+    for name in ("towns", "my-notes"):  # what is chosen below the message box takes the uploads
+        page.select_option("#knowledge", name)
+        page.wait_for_selector(f"text=Add documents to {name}")
     page.fill("#try-search", "otters")
     page.press("#try-search", "Enter")
     page.wait_for_selector(".found .source")

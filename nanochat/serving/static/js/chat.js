@@ -184,9 +184,10 @@ export class Chat {
       const model = this.server.models.find((one) => one.id === preferences.model);
       body.retrieval = {
         knowledge_base: preferences.knowledge,
-        top_k: preferences.topK,
         multi_hop: preferences.multiHop && Boolean(model?.multi_hop),
       };
+      // each of several searches brings as many documents as the model was trained with
+      if (!body.retrieval.multi_hop) body.retrieval.top_k = preferences.topK;
       if (this.act.modes().includes(preferences.mode)) body.retrieval.mode = preferences.mode;
     }
     return body;

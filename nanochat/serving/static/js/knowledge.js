@@ -104,6 +104,12 @@ export class Knowledge {
     $(`#bases input[value="${CSS.escape(id)}"]`)?.focus();
   }
 
+  /** What was chosen below the message box: uploads and searches go there too. */
+  follow() {
+    if (preferences.knowledge) this.target = preferences.knowledge;
+    this.panel.refresh("documents");
+  }
+
   async #delete(base) {
     if (
       !(await confirm(

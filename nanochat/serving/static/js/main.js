@@ -62,7 +62,7 @@ class Page {
       send: (text) => this.chat.send(text),
       stop: () => this.chat.stop(),
       editLast: () => this.chat.editLast(),
-      knowledgeChosen: () => this.panel.refresh("documents"),
+      knowledgeChosen: () => this.knowledge.follow(),
     });
     this.sidebar = new Sidebar(store, {
       open: (id) => {

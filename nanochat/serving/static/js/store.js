@@ -76,7 +76,7 @@ const DEFAULTS = {
   knowledge: "",
   topK: 5,
   mode: "",
-  multiHop: false,
+  multiHop: true, // with models that were trained to
   sampling: {},
 };
 
