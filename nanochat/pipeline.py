@@ -63,6 +63,7 @@ class Profile:
 
 
 RAG_LEN = 1024  # tokens of a row of contexts
+EVAL_ROWS = 256  # questions that are answered together: the small model takes as long for one row as for many
 PROFILES = {
     "cpu": Profile(120, 1000, 40, 2048, 4, 128, 256, 8, 400, 500, 50, 3000, 1, 3, 1800, 8),
     "gpu": Profile(1000, 8000, 60, 2048, 6, 384, 512, 32, 1200, 1000, 100, 4000, 8, 5, 3000, 100),
@@ -318,7 +319,9 @@ def measure_grounded(
     knowledge = build_knowledge(directory / "knowledge_base", world)
     chat = load_checkpoint(str(directory / "rag"), device=settings.device, dtype=settings.dtype)
     questions = world_questions(world, settings.rag_questions, settings.rag_questions, settings.eval_seed)
-    options = Options(top_k=todo.rag.top_k, n_latency=0, seed=settings.eval_seed, progress=True)
+    options = Options(
+        top_k=todo.rag.top_k, n_latency=0, seed=settings.eval_seed, progress=True, batch_size=EVAL_ROWS
+    )  # fmt: skip
     result = measure_rag(chat.model, chat.tokenizer, knowledge, questions, options)
     return result.metrics(), result.samples(6)
 
@@ -333,7 +336,7 @@ def measure_searching(
     questions = world_questions(world, wanted, -(-wanted // 5), settings.eval_seed, (2, 3))
     hops = Hops(todo.refrag.max_hops, todo.refrag.top_k)
     options = Options(
-        top_k=hops.max_hops * hops.top_k, n_latency=0, seed=settings.eval_seed, progress=True,
+        top_k=hops.max_hops * hops.top_k, n_latency=0, seed=settings.eval_seed, progress=True, batch_size=EVAL_ROWS,
         sampling=replace(GREEDY, max_tokens=LONGEST["refrag"]),
     )  # fmt: skip
     results: dict[str, RagResult] = {}
