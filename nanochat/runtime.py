@@ -94,8 +94,11 @@ def setup(
 
 
 def finish() -> None:
-    """Leave the process group, if there is one. Call at the end of a command."""
+    """Leave the process group, if there is one. Call at the end of a command: all leave together, since a rank that
+    ends while another still works was once seen to abort. After an error nobody waits."""
     if dist.is_available() and dist.is_initialized():
+        if sys.exc_info()[0] is None:
+            dist.barrier()
         dist.destroy_process_group()
 
 

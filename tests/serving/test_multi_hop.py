@@ -148,9 +148,10 @@ def test_searches_are_bounded_like_other_requests(searching, waiting):
     scheduler = searching.service.models["puppet"].scheduler
     with searching.client() as client:
         streams = [client.stream("POST", CHAT, json={**SEARCH, "stream": True}) for _ in range(3)]
-        for stream in streams:
+        for stream, counts in zip(streams, [(1, 0), (2, 0), (2, 1)]):
             stream.__enter__()
-        until(lambda: (scheduler.stats().active, scheduler.stats().queued) == (2, 1))
+            # one that came while the one before still waits to be admitted would be refused
+            until(lambda counts=counts: (scheduler.stats().active, scheduler.stats().queued) == counts)
         refused = client.post(CHAT, json=SEARCH)
         assert refused.status_code == 429
         assert int(refused.headers["retry-after"]) > 0
