@@ -25,14 +25,13 @@ from nanochat.engine.sampling import make_sampling
 from nanochat.errors import UsageError
 from nanochat.rag.grounded import GroundedChat
 from nanochat.rag.knowledge import Knowledge, Searcher, open_knowledge
-from nanochat.rag.multihop_chat import MultiHopChat
+from nanochat.rag.multihop_chat import HOP_K, MultiHopChat
 from nanochat.runtime import log
 
 if TYPE_CHECKING:
     from nanochat.retrieval import KnowledgeBase
 
 Messages = str | Sequence[dict[str, Any]]
-HOP_K = 2  # documents of each of several searches, unless a model was trained with others
 
 
 def load(

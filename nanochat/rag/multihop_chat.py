@@ -46,6 +46,8 @@ from nanochat.rag.support import Support, support
 from nanochat.tasks.task import message_text
 from nanochat.tokenizer import Tokenizer
 
+HOP_K = 2  # documents of each search, unless a model was trained with others
+
 
 @dataclass(frozen=True)
 class SearchedAnswer(GroundedAnswer):
@@ -72,7 +74,7 @@ class MultiHopChat:
         knowledge: Searcher,
         *,
         max_hops: int = 3,
-        top_k: int = 2,
+        top_k: int = HOP_K,
         query: Query = as_written,
         select: Select | None = None,
         stop: Stop | None = None,
