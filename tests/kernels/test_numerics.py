@@ -103,7 +103,7 @@ def test_rows_of_no_tokens_leave_the_state_alone(op: Recurrence, n_time: int) ->
     torch.testing.assert_close(state, op.oracle(*tensors, lengths=lengths)[1], rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)  # fp32 gradients of steps of 65536 can be 2% off: see LOG
+@settings(max_examples=20, deadline=None, derandomize=True)  # some draws miss 1e-2 in SSD: open in LOG
 @given(st.sampled_from(sorted(RECURRENCES)), st.integers(1, 2), st.integers(1, 80), st.data())
 def test_fuzzed_steps_decays_documents_and_lengths(name: str, n_batch: int, n_time: int, data: st.DataObject) -> None:
     op = RECURRENCES[name]
