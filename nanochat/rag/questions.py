@@ -18,6 +18,7 @@ from typing import Any
 
 from nanochat.errors import NanochatError, UsageError
 from nanochat.retrieval.document import Document
+from nanochat.retrieval.jsonl import json_reason
 
 MAX_SHOWN = 20  # problems that one message lists
 
@@ -90,7 +91,8 @@ def _records(path: Path, problems: list[str]) -> Iterator[tuple[str, Any]]:
         try:
             value = json.loads(piece)
         except (ValueError, RecursionError) as error:
-            problems.append(f"{'the list' if is_list else f'line {number}'}: not JSON: {error}")
+            reason = json_reason(error) if isinstance(error, json.JSONDecodeError) else error
+            problems.append(f"{'the list' if is_list else f'line {number}'}: not JSON: {reason}")
             continue
         if is_list:
             yield from ((f"item {i}", item) for i, item in enumerate(value, 1))

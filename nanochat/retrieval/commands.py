@@ -26,6 +26,7 @@ from nanochat.retrieval.document import Document, Hit
 from nanochat.retrieval.jsonl import ON_ERROR, file_list
 from nanochat.retrieval.knowledge_base import KINDS, KnowledgeBase
 from nanochat.retrieval.metrics import DEFAULT_METRICS
+from nanochat.retrieval.opening import discard_empty
 from nanochat.retrieval.rerank import make_reranker
 from nanochat.retrieval.search import AUTO
 from nanochat.retrieval.settings import (
@@ -96,8 +97,16 @@ def build(settings: BuildSettings) -> None:
     _need(settings, "output", "build --documents FILE --output DIR")
     _check_choices(settings)
     sources(settings.documents)  # says now what is not there
+    path = Path(settings.output)
+    is_new, makes_directory = not (path / manifest.NAME).exists(), not path.exists()
     with made(settings) as base:
-        ingest(base, settings, settings.on_duplicate)
+        try:
+            ingest(base, settings, settings.on_duplicate)
+        except NanochatError:
+            if is_new:
+                base.close()
+                discard_empty(path, makes_directory)
+            raise
         stats = base.stats()
         print(f"{base.path}: {stats['documents']:,} documents in {stats['passages']:,} passages, {base.kind}")
 

@@ -10,6 +10,7 @@ from typing import Any
 from nanochat.errors import UsageError
 from nanochat.retrieval.document import Filter
 from nanochat.retrieval.filters import OWN_FIELDS, check
+from nanochat.retrieval.jsonl import json_reason
 
 _CONDITION = re.compile(r"([^=<>!]+)(>=|<=|!=|==?|>|<)([^=<>].*|)", re.DOTALL)
 _OPERATORS = {"=": "in", "==": "in", "!=": "ne", ">": "gt", ">=": "gte", "<": "lt", "<=": "lte"}
@@ -52,6 +53,8 @@ def _join(conditions: dict[str, dict[str, Any]], key: str, more: dict[str, Any])
 def _json(text: str) -> Any:
     try:
         return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"--filter {text}: not JSON: {json_reason(error)}") from None
     except (ValueError, RecursionError) as error:
         raise UsageError(f"--filter {text}: not JSON: {error}") from None
 

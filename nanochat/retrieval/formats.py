@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from nanochat.errors import NanochatError
 from nanochat.retrieval.document import Document
+from nanochat.retrieval.jsonl import json_reason
 from nanochat.retrieval.metrics import Run, ranked
 
 Queries = dict[str, str]
@@ -66,7 +67,9 @@ class _Lines:
                 continue
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except json.JSONDecodeError as error:
+                self.fail(number, f"not JSON: {json_reason(error)}")
+            except ValueError as error:  # a number of too many digits
                 self.fail(number, f"not JSON: {error}")
             except RecursionError:
                 self.fail(number, "JSON nested too deeply")

@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from nanochat.errors import UsageError
 from nanochat.retrieval.document import Document, Filter, Hit, Reranker, clean_text
-from nanochat.retrieval.jsonl import file_list, read_documents
+from nanochat.retrieval.jsonl import file_list, places_of, read_documents
 from nanochat.retrieval.search import AUTO, Query
-from nanochat.retrieval.writer import Change
+from nanochat.retrieval.writer import Change, SameId
 
 Entered = TypeVar("Entered")
 
@@ -131,9 +131,23 @@ def ingest_files(
             bar.update(n_bytes)
 
         stream = read_documents(paths, on_error, skipped.append, advance)
-        while (first := next(stream, None)) is not None:
-            total = total + commit(itertools.chain([first], itertools.islice(stream, commit_every - 1)), paths)
+        try:
+            while (first := next(stream, None)) is not None:
+                total = total + commit(itertools.chain([first], itertools.islice(stream, commit_every - 1)), paths)
+        except SameId as error:
+            raise UsageError(_same_id(error, paths)) from None
     return total + Change(total.version, skipped=len(skipped))
+
+
+def _same_id(error: SameId, paths: Sequence[Path]) -> str:
+    """The error with the places of the documents in the files."""
+    first, second = [*itertools.islice(places_of(error.name, paths), 2), "", ""][:2]
+    if not second:
+        return f"{first}: {error}" if first else str(error)
+    return (
+        f"{second}: document {error.name!r} stands at {first} too, with other content: give one of them another id, or "
+        "leave one out"
+    )
 
 
 def tag_name(name: str) -> str:

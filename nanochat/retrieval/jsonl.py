@@ -88,6 +88,22 @@ def read_documents(
                 refuse(f"{path}, line {number}", error)
 
 
+def places_of(id: str, paths: Iterable[Path]) -> Iterator[str]:
+    """Where the files hold documents of this id: files are read again, since nobody keeps the places of millions."""
+    for path in paths:
+        if is_text_file(path):
+            if path.as_posix() == id:
+                yield str(path)
+            continue
+        for number, line in enumerate(_lines(path, None), 1):
+            try:
+                found = bool(line.strip()) and clean_text(parse(line).id) == id
+            except (ValueError, RecursionError):
+                continue
+            if found:
+                yield f"{path}, line {number}"
+
+
 def file_list(files: str | Path | Iterable[str | Path]) -> list[Path]:
     """The files named; a directory stands for the .jsonl and .jsonl.gz files in it or, where it has none, for all text
     files below it. Raises UsageError for none."""
@@ -129,11 +145,21 @@ def parse(line: str | bytes) -> Document:
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 ({error.reason} at byte {error.start})") from None
     except json.JSONDecodeError as error:
-        column = min(error.pos, len(text.rstrip())) + 1  # the end of the line is no line of its own
-        raise ValueError(f"not JSON ({error.msg} at column {column})") from None
+        raise ValueError(f"not JSON ({json_reason(error)})") from None
     if not isinstance(record, dict):
         raise ValueError(f"a document must be a JSON object, not {type(record).__name__}")
     return from_record(record)
+
+
+def json_reason(error: json.JSONDecodeError) -> str:
+    """What is wrong with a text that should be JSON, and where: the column, and the line where it has several."""
+    text, pos = error.doc.rstrip(), error.pos
+    pos = min(pos, len(text))  # the end of a line is no line of its own
+    line, column = text.count("\n", 0, pos) + 1, pos - text.rfind("\n", 0, pos)
+    what = error.msg.rstrip(": ").removesuffix(" at")  # some messages end with "at", some with a colon
+    if what == "Invalid control character" and pos == len(text):  # the end of the line itself
+        what = "Unterminated string"
+    return f"{what} at line {line}, column {column}" if "\n" in text else f"{what} at column {column}"
 
 
 def from_record(record: dict[str, Any]) -> Document:

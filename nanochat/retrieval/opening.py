@@ -78,7 +78,8 @@ def open_view(path: Path, version: int | str | None, before: View | None) -> Vie
             return View(path, now, wanted, kinds, settings, before)
         except (FileNotFoundError, NanochatError) as error:
             failure = error
-    raise NanochatError(f"{path} is damaged: {failure}; `verify` tells what is missing") from failure
+    hint = "" if "`verify`" in str(failure) else "; `verify` tells what is missing"
+    raise NanochatError(f"{path} is damaged: {failure}{hint}") from failure
 
 
 def make_directory(path: Path) -> None:
@@ -97,6 +98,19 @@ def check_new(path: Path) -> None:
         raise UsageError(f"{path} holds a knowledge base already: open it, or choose another directory")
     if inside:
         raise UsageError(f"{path} is not empty: choose another directory for the knowledge base")
+
+
+def discard_empty(path: Path, directory_too: bool) -> None:
+    """Delete a knowledge base that nothing was ever stored in, where nobody writes to it: what a first ingestion that
+    failed leaves. Anything else stays."""
+    own = {manifest.NAME, manifest.BACKUP, LOCK, *manifest.UNFINISHED}
+    with contextlib.suppress(NanochatError, OSError), writer_lock(path, 0):
+        inside = {child.name for child in path.iterdir()}
+        if inside <= own and manifest.read(path).newest.number == 0:
+            for name in inside:
+                (path / name).unlink()
+            if directory_too:
+                path.rmdir()
 
 
 def copy_files(path: Path, now: manifest.Manifest, target: Path) -> None:

@@ -39,6 +39,14 @@ MERGE_DEAD = 1000  # passages: a generation with more dead ones, and more than l
 ON_DUPLICATE = ("skip", "keep", "raise")
 
 
+class SameId(UsageError):
+    """A document whose id another one has, with other content."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"document {name!r} is already there with other content: `update` replaces it")
+        self.name = name
+
+
 @dataclass(frozen=True)
 class Change:
     """What a change did. `duplicates`: documents left out because another one has the same title, content and
@@ -143,7 +151,7 @@ class Writer:
                 try:
                     ready.append(check(document))
                 except UsageError as error:
-                    self._refuse(str(error), on_error)
+                    self._refuse(error, on_error)
             fresh = self._choose(ready, update, on_duplicate, on_error)
             batch = self._store(fresh)
             if not len(batch.rows):
@@ -155,11 +163,11 @@ class Writer:
                 self._staged_rows.append(batch.rows)
             yield batch
 
-    def _refuse(self, message: str, on_error: str) -> None:
+    def _refuse(self, error: UsageError, on_error: str) -> None:
         if on_error == "raise":
-            raise UsageError(message)
+            raise error
         self.counts["skipped"] += 1
-        log.warning("skipped: %s", message)
+        log.warning("skipped: %s", error)
 
     def _choose(self, ready: list[Ready], update: bool, on_duplicate: str, on_error: str) -> list[Ready]:
         """Those of the documents that are to be stored; of what they replace, the rows are marked as removed."""
@@ -178,9 +186,7 @@ class Writer:
                 if known.hash == one.hash and source == one.document.source:
                     self.counts["unchanged"] += 1
                 elif not update:
-                    self._refuse(
-                        f"document {name!r} is already there with other content: `update` replaces it", on_error
-                    )
+                    self._refuse(SameId(name), on_error)
                 else:
                     if isinstance(known, Known):
                         self._forget(known)
@@ -190,7 +196,8 @@ class Writer:
                     contents.add(one.hash)
             elif one.hash in contents and on_duplicate != "keep":
                 if on_duplicate == "raise":
-                    self._refuse(f"document {name!r} has the title, content and metadata of another one", on_error)
+                    same = f"document {name!r} has the title, content and metadata of another one"
+                    self._refuse(UsageError(same), on_error)
                 else:
                     self.counts["duplicates"] += 1
             else:

@@ -41,7 +41,7 @@ def loads(data: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise _bad(f"not UTF-8 at byte {error.start}") from None
     except json.JSONDecodeError as error:
-        raise _bad(f"{error.msg} at character {error.pos}") from None
+        raise _bad(f"{error.msg.rstrip(': ').removesuffix(' at')} at character {error.pos}") from None
     except (ValueError, RecursionError) as error:
         raise _bad(str(error)) from None
     return value

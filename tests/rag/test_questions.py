@@ -83,6 +83,15 @@ def test_everything_wrong_with_a_file_is_said_at_once(tmp_path: Path) -> None:
     assert "stands at line 1 too" in text
 
 
+def test_where_json_ends_to_be_json(tmp_path: Path) -> None:
+    path = write(tmp_path / "q.jsonl", '{"question": "A?"}', '{"question": "B\t?"}')
+    with pytest.raises(UsageError, match=r"  line 2: not JSON: Invalid control character at column 16$"):
+        load_questions(path)
+    path = write(tmp_path / "q.json", "[", '{"question": "A?"},', '{"question" "B?"}]')
+    with pytest.raises(UsageError, match=r"  the list: not JSON: Expecting ':' delimiter at line 3, column 13$"):
+        load_questions(path)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [(b"", "holds no question"), (b"[]", "holds no question"), (b"[{]", "the list: not JSON"),

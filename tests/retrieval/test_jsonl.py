@@ -63,6 +63,9 @@ def test_any_record_gives_a_document_or_a_value_error(record: dict, content: str
         ('{"text": "", "metadata": {"a": NaN}}', "NaN is not JSON"),
         (b'{"text": "\xff"}', "not UTF-8"),
         ('{"text": "abc"', "at column 15"),
+        ('{"text": "a\tb"}', r"not JSON \(Invalid control character at column 12\)"),
+        ('{"text": "abc', r"not JSON \(Unterminated string at column 14\)"),
+        (r'{"text": "\x"}', r"not JSON \(Invalid \\escape at column 11\)"),
         ("[" * 100_000, "recursion|nested"),
     ],
 )

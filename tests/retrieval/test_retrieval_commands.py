@@ -340,7 +340,7 @@ def test_bad_lines_are_named_or_skipped(call: Call) -> None:
     failed = call("build", "bad.jsonl", "--output=kb", "--type=simple")
     assert failed.code == 2
     assert "bad.jsonl, line 2: not JSON" in failed.err
-    assert len(KnowledgeBase.open("kb")) == 0
+    assert not Path("kb").exists()  # nothing was stored, nothing is left
     done = call("build", "bad.jsonl", "--output=kb", "--type=simple", "--on-error=skip")
     assert done.out.startswith("version 1: 2 added, 6 skipped\n"), done.out
     assert call("verify", "kb").code == 0
@@ -353,6 +353,28 @@ def test_ids_that_are_there_with_other_content(call: Call) -> None:
     assert (done.code, "document 'moon' is already there with other content" in done.err) == (2, True)
     assert call("get", "kb", "new").code == 2  # all or nothing
     assert call("add", "kb", "new.jsonl", "--on-error=skip").out == "version 2: 1 added, 1 skipped\n"
+
+
+def test_an_id_that_files_hold_twice_is_named_with_both_places(call: Call) -> None:
+    write("a.jsonl", [{"id": "a", "content": "x"}, {"id": "b", "content": "y"}])
+    write("b.jsonl", ["", {"id": "c", "content": "z"}, {"_id": "b", "text": "other"}])
+    Path("kb").mkdir()
+    done = call("build", "a.jsonl", "b.jsonl", "--output=kb", "--type=simple")
+    assert (done.code, "b.jsonl, line 3: document 'b' stands at a.jsonl, line 2 too" in done.err) == (2, True), done.err
+    assert "already there" not in done.err
+    assert list(Path("kb").iterdir()) == []  # the directory was there before
+    assert call("build", "a.jsonl", "--output=kb", "--type=simple").code == 0
+    done = call("build", "b.jsonl", "--output=kb", "--type=simple")
+    assert "b.jsonl, line 3: document 'b' is already there with other content: `update` replaces it" in done.err
+    assert call("get", "kb", "b").json["content"] == "y"
+
+
+def test_what_a_failed_build_has_stored_stays(call: Call) -> None:
+    write("bad.jsonl", [{"id": "a", "content": "x"}, "bad"])
+    build = ["build", "bad.jsonl", "--output=kb", "--type=simple", "--commit-every=1"]
+    assert call(*build).code == 2
+    assert call("stats", "kb", "--json").json["documents"] == 1
+    assert call(*build, "--on-error=skip").code == 0
 
 
 def test_a_large_document(call: Call) -> None:
@@ -393,6 +415,15 @@ def test_verify_names_the_damaged_file_and_reindex_mends_an_index(call: Call, ho
     assert (done.code, path.name in done.out) == (1, True)
     assert call("verify", "kb", "--json").json["problems"]
     assert call("search", "kb", "air").code in (0, 1)  # an answer, or the error; no traceback
+
+
+def test_damage_names_verify_once(call: Call) -> None:
+    built(call)
+    (path,) = Path("kb").glob("seg-*/*.sqlite*")
+    path.chmod(0o644)
+    path.write_bytes(b"no database" * 1000)
+    done = call("search", "kb", "air")
+    assert (done.code, done.err.count("`verify` tells")) == (1, 1), done.err
 
 
 def test_a_damaged_manifest(call: Call) -> None:
