@@ -54,6 +54,7 @@ class LM(nn.Module):
         self.checkpointing = False  # recompute each block in the backward pass: less memory, about a quarter slower
         self.compute_dtype = torch.float32
         self.source = ""  # checksum of the checkpoint that its weights came from, when training began
+        self.suggestions: list[str] = []  # questions that it was trained to answer, for people who do not know it
         self.embed = Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList([Block(config, layer) for layer in range(config.depth)])
         self.head = None if config.tie_embeddings else Linear(config.d_model, config.vocab_size)

@@ -64,6 +64,7 @@ class Served:
             "chat": self.can_chat,
             "trained_on_documents": trained_on_retrieval(self.chat.meta),
             "multi_hop": self.can_search,
+            "suggestions": self.chat.meta.get("suggestions", []),
         }
 
 

@@ -6,6 +6,7 @@ honour are accepted with the value that changes nothing, and refused with any ot
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -144,9 +145,10 @@ class ChatRequest(SamplingFields):
         return [message.plain() for message in self.messages]
 
     def sampling(self, **defaults: Any) -> Sampling:
-        if self.max_completion_tokens is not None and self.max_tokens is None:
-            defaults["max_tokens"] = self.max_completion_tokens
-        return super().sampling(**defaults)
+        sampling = super().sampling(**defaults)
+        if self.max_completion_tokens is None:  # the newer name of max_tokens
+            return sampling
+        return replace(sampling, max_tokens=self.max_completion_tokens)
 
 
 class CompletionRequest(SamplingFields):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, Protocol
 
+from nanochat.data.answers import is_abstention
 from nanochat.data.shuffle import Shuffle, mix
 from nanochat.errors import UsageError
 
@@ -35,6 +36,22 @@ def message_text(message: dict[str, Any]) -> str:
 def chat(question: str, answer: Any, /, **more: Any) -> dict[str, Any]:
     """A conversation of one question and one answer (text or parts)."""
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], **more}
+
+
+def short_questions(task: Task, n: int = 4, longest: int = 80, look_at: int = 400) -> list[str]:
+    """Questions of the task that fit on a button and have an answer, each beginning in another way where they can."""
+    by_beginning: dict[str, str] = {}
+    others: list[str] = []
+    for i in range(min(look_at, len(task))):
+        asked, said = (*task[i]["messages"], {}, {})[:2]
+        text = message_text(asked) if asked.get("role") == "user" else ""
+        if not text.strip() or len(text) > longest or "\n" in text or not said or is_abstention(message_text(said)):
+            continue
+        if by_beginning.setdefault(text.split()[0].lower(), text) != text:
+            others.append(text)
+        if len(by_beginning) == n:
+            break
+    return list(dict.fromkeys([*by_beginning.values(), *others]))[:n]
 
 
 def check_index(i: int, n: int) -> int:

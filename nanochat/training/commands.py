@@ -19,7 +19,7 @@ from nanochat.model.config import ModelConfig
 from nanochat.model.lm import LM
 from nanochat.runtime import Runtime, log
 from nanochat.tasks.registry import open_mixture
-from nanochat.tasks.task import Mixture, Task
+from nanochat.tasks.task import Mixture, Task, short_questions
 from nanochat.tokenizer import Tokenizer
 from nanochat.training import restart
 from nanochat.training.carry import Carry
@@ -106,6 +106,7 @@ def model_from(path: Path, tokenizer: Tokenizer, settings: TrainSettings, rt: Ru
     model.to_empty(device=rt.device)
     model.load_state_dict(saved.tensors["model"])
     model.source = saved.meta["checksum"]
+    model.suggestions = saved.meta.get("suggestions", [])
     return model
 
 
@@ -232,6 +233,8 @@ def train_on_tasks(
     T = model.config.sequence_len
     chat = ChatSource(train_task, tokenizer, T, settings.seed, shuffle)
     val_chat = ChatSource(val_task, tokenizer, T, settings.seed, shuffle=False)
+    if name in ("mid", "sft"):  # what later stages add, questions about documents, needs the documents
+        model.suggestions = short_questions(val_task)
     train: dict[str, Any] = {"chat": (chat, 1.0 - share if data else 1.0, False)}
     val: dict[str, Any] = {"chat": (val_chat, False)}
     if data:

@@ -324,6 +324,17 @@ class Trainer:
         }
         self.save()
 
+    def meta(self) -> dict[str, Any]:
+        """What a checkpoint says of its model."""
+        return {
+            "stage": self.directory.name,
+            "model_config": self.model.config.to_dict(),
+            "tokenizer_hash": self.tokenizer.hash,
+            "source": self.model.source,
+            "suggestions": self.model.suggestions,
+            "metrics": {k: v for k, v in self.progress.metrics.items() if math.isfinite(v)},
+        }
+
     def save(self) -> None:
         """Model, optimizer, RNG and loader cursor, atomically. Collective: every rank calls it, rank 0 writes."""
         cursor = gather_state(self.stage.state_dict())
@@ -340,14 +351,7 @@ class Trainer:
             "tokens": p.tokens,
             "smooth_loss": p.smooth_loss,
         }
-        meta = {
-            "stage": self.directory.name,
-            "model_config": self.model.config.to_dict(),
-            "tokenizer_hash": self.tokenizer.hash,
-            "source": self.model.source,
-            "metrics": {k: v for k, v in p.metrics.items() if math.isfinite(v)},
-            "n_steps": self.n_steps,
-        }
+        meta = {**self.meta(), "n_steps": self.n_steps}
         tensors = {"model": self.model.state_dict(), "optim": self.optimizers.state_dict()}
         checkpoint.save(self.directory, p.step, tensors, meta, state, keep_last=self.settings.keep_last)
         restart.settle(self.directory)

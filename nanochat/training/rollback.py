@@ -123,14 +123,8 @@ class PolicyTrainer(Trainer):
             barrier()
 
     def save_best(self) -> None:
-        meta = {
-            "stage": self.directory.name,
-            "model_config": self.model.config.to_dict(),
-            "tokenizer_hash": self.tokenizer.hash,
-            "source": self.model.source,
-            "metrics": dict(self.progress.metrics),
-        }
-        checkpoint.save(self.best_dir, self.progress.step, {"model": self.model.state_dict()}, meta, keep_last=1)
+        weights = {"model": self.model.state_dict()}
+        checkpoint.save(self.best_dir, self.progress.step, weights, self.meta(), keep_last=1)
         write_traces(self.best_dir / TRACES, self.policy.traces)
 
     def restore_best(self) -> None:

@@ -135,6 +135,7 @@ def start_site(start: Callable[..., Running]) -> Iterator[Callable[..., Site]]:
                 "tiny-sft": tiny_model(pattern="M", context=2048),
                 "tiny-refrag": tiny_model("refrag", "M", context=2048, seed=1),
             }
+            models["tiny-refrag"].meta["suggestions"] = ["Who founded Torwick?"]
             return Site(start(models, **settings), ScriptedScheduler.script)
 
         yield go

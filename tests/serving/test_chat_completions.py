@@ -86,6 +86,13 @@ def test_an_answer_is_written_after_a_draft(client):
     assert said == twice["choices"][0]["message"]["content"]
 
 
+def test_the_newer_name_of_max_tokens_counts(client):
+    for fields, n in (({"max_tokens": 3}, 3), ({"max_completion_tokens": 2}, 2)):
+        assert ask(client, **{"max_tokens": 6, **fields})["usage"]["completion_tokens"] == n
+    body = {"messages": WHO, "max_completion_tokens": 2, "model": "tiny-rag"}
+    assert client.post(CHAT, json=body).json()["usage"]["completion_tokens"] == 2
+
+
 def test_nothing_found_and_nothing_to_search(client):
     nothing = ask(client, [{"role": "user", "content": "Xyzzy plugh?"}], n=2, **retrieval())
     assert [c["message"]["content"] for c in nothing["choices"]] == [ABSTENTION] * 2

@@ -175,7 +175,8 @@ def test_the_key_is_asked_for(visit, start_site):
     guest = visit(site.url, opened=False)
     page = guest.page
     page.goto(site.url)
-    for given in ("wrong", key):
+    for given, why in (("wrong", "This server wants a key."), (key, "That is none of this server's keys.")):
+        page.wait_for_selector(f"dialog >> text={why}")
         page.fill("dialog input", given)
         page.keyboard.press("Enter")
     page.wait_for_selector("body[data-ready=true]")

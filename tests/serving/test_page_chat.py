@@ -26,6 +26,17 @@ def test_an_answer_streams_in_and_is_rendered(visit, site):
     assert "of 2,048 tokens of context used" in page.inner_text("#hint")
 
 
+def test_questions_that_the_chosen_model_learnt_to_answer_are_suggested(visit):
+    page = visit().page
+    buttons = page.locator(".suggestions button")
+    assert "Why is the sky blue?" in buttons.first.inner_text()
+    page.select_option("#model", "tiny-refrag")
+    page.wait_for_selector(".suggestions >> text=Who founded Torwick?")
+    assert buttons.count() == 1
+    buttons.first.click()
+    assert page.input_value("#question") == "Who founded Torwick?"
+
+
 def test_formulas_are_typeset(visit, site):
     """The browser lays them out: powers are raised, fractions stacked, and a long formula scrolls by itself."""
     long = "+".join(f"x_{{{n}}}^2" for n in range(18))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.errors import UsageError
-from nanochat.tasks.task import Curriculum, Mixture, Task, chat, check_index, message_text
+from nanochat.tasks.task import Curriculum, Mixture, Task, chat, check_index, message_text, short_questions
 
 
 class Numbers:
@@ -118,3 +118,40 @@ def test_bad_mixtures_and_courses() -> None:
     for task in (Mixture([a]), Curriculum([(1.0, a)])):
         with pytest.raises(UsageError, match="one by one"):
             task.evaluate(a[0], "yes")
+
+
+class Listed:
+    """A task of these conversations."""
+
+    name, eval_type = "listed", "generative"
+
+    def __init__(self, *conversations: dict[str, Any]) -> None:
+        self.conversations = conversations
+
+    def __len__(self) -> int:
+        return len(self.conversations)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return self.conversations[i]
+
+    def evaluate(self, conversation: dict[str, Any], completion: str) -> bool:
+        return False
+
+
+def test_short_questions_fit_on_a_button_are_answered_and_begin_differently() -> None:
+    system = {"messages": [{"role": "system", "content": "Be brief."}, *chat("How?", "So.")["messages"]]}
+    task = Listed(
+        chat("Who is it?", "Mara."),
+        chat("Who was it?", "Velt."),
+        chat("Where is Torwick?", "I do not know."),
+        chat("x" * 81, "Long."),
+        chat("Two\nlines", "No."),
+        chat("  ", "Nothing."),
+        system,
+        {"messages": [{"role": "user", "content": "Unanswered?"}]},
+        chat("What is it?", [{"type": "text", "text": "A town."}]),
+        chat("Who is it?", "Mara."),
+    )
+    assert short_questions(task) == ["Who is it?", "What is it?", "Who was it?"]
+    assert short_questions(task, n=1) == ["Who is it?"]
+    assert short_questions(Listed()) == []

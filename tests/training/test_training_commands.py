@@ -81,6 +81,8 @@ def test_the_commands_run_one_after_the_other(tmp_path: Path, capsys: pytest.Cap
         assert checkpoint.steps(tmp_path / "tiny" / stage) == [2]
     metas = [checkpoint.read_meta(tmp_path / "tiny" / stage / "step_000002") for stage in ("base", "sft")]
     assert metas[0]["model_config"] == metas[1]["model_config"]
+    assert metas[0]["suggestions"] == []
+    assert 1 <= len(metas[1]["suggestions"]) <= 4
     assert not torch.equal(saved(tmp_path, "base")["model/embed.weight"], saved(tmp_path, "sft")["model/embed.weight"])
 
 

@@ -75,7 +75,9 @@ export class Chat {
   }
 
   #welcome() {
-    const buttons = SUGGESTIONS.map(([title, text]) =>
+    const model = this.server.models.find((one) => one.id === preferences.model);
+    const learnt = model?.suggestions?.map((text) => ["Ask", text]);
+    const buttons = (learnt?.length ? learnt : SUGGESTIONS).map(([title, text]) =>
       h(
         "button",
         { type: "button", onclick: () => this.act.suggest(text) },
@@ -83,7 +85,6 @@ export class Chat {
         h("span", {}, text),
       ),
     );
-    const model = this.server.models.find((one) => one.id === preferences.model);
     const facts = [
       model && model.stage !== model.id && model.stage && `stage ${model.stage}`,
       model?.parameters && `${short(model.parameters)} parameters`,

@@ -26,11 +26,11 @@ const narrow = matchMedia("(max-width: 820px)");
 
 /** The server's settings, asking for the key when it wants one. */
 async function readConfig() {
-  for (;;) {
+  for (let text = "This server wants a key."; ; text = "That is none of this server's keys.") {
     try {
       return await api.config();
     } catch (error) {
-      if (error.status !== 401 || !(await askKey("This server wants a key. It is kept in this browser."))) throw error;
+      if (error.status !== 401 || !(await askKey(`${text} It is kept in this browser.`))) throw error;
     }
   }
 }
