@@ -201,7 +201,7 @@ class _Chunks:
 
     def make_decays(self, document_BT: Tensor | None) -> _Decays:
         # sums over a chunk in float64: their differences keep all digits of a float32, for 5% of the time
-        wide = torch.float64 if self.dt_YQH.device.type == "cpu" else self.dtype
+        wide = _sum_dtype(self.dt_YQH)
         # exp2 takes half of exp's time on a CPU
         cum_YQH = torch.cumsum(self.dt_YQH.to(wide) * (self.A_H.to(wide) / math.log(2)), 1)
         cum_YHQ = cum_YQH.transpose(1, 2).contiguous()
@@ -323,7 +323,10 @@ def _diagonal_gradients(c: _Chunks, dy: Tensor, xdt: Tensor) -> tuple[Tensor, Te
     dweights = torch.bmm(dy_head, c.by_head(xdt).mT).view(pair.shape)
     # exponent of weights[i, j]: the steps in (j, i]. On the diagonal it is 0 whatever the decay, and would only cancel
     weights.mul_(dweights).diagonal(dim1=-2, dim2=-1).zero_()
-    dexponent = _reverse_cumsum((weights.sum(-1) - weights.sum(-2)).transpose(1, 2))
+    # in float64: a large weight between two later steps must drop out of the sums of the steps before them
+    wide = _sum_dtype(weights)
+    across = weights.sum(-1, dtype=wide) - weights.sum(-2, dtype=wide)
+    dexponent = _reverse_cumsum(across.transpose(1, 2)).to(weights.dtype)
     dscores = c.sum_heads(dweights.mul_(pair))
     return dexponent, dxdt, torch.bmm(dscores.mT, C_), torch.bmm(dscores, B_)
 
@@ -354,9 +357,14 @@ def _state_gradients(
     dwritten = c.from_group(torch.bmm(B_, flat.mT))
     dB_.baddbmm_(c.by_group(written), flat)
     part = (dwritten * written).sum(-1)  # exponent of step j: the steps behind it
-    dexponent += part.cumsum(1) - part
+    dexponent += part.cumsum(1, dtype=_sum_dtype(part)).sub_(part)
     dxdt.addcmul_(dwritten, to_end)
     return dstate
+
+
+def _sum_dtype(v: Tensor) -> torch.dtype:
+    """Of sums whose differences count. GPUs are slow at float64."""
+    return torch.float64 if v.device.type == "cpu" else v.dtype
 
 
 def _reverse_cumsum(v_YQH: Tensor) -> Tensor:

@@ -23,12 +23,12 @@ class Recurrence(NamedTuple):
     fast: Callable[..., Any]
     oracle: Callable[..., Any]
     inputs: Callable[[int, int], list[Tensor]]  # batch, time -> x, steps, A, B, C, D, state
-    extreme: float  # tolerance with steps of 10,000: they multiply the rounding of SSD's sums for A's gradient
+    extreme: float  # tolerance with steps of 10,000, which multiply roundings
 
 
 RECURRENCES = {
     "selective_scan": Recurrence(selective_scan, selective_scan_ref, lambda b, t: test_scan.inputs(b, t, 3, 4), 1e-4),
-    "ssd": Recurrence(ssd, ssd_ref, lambda b, t: test_ssd.inputs(b, t, 2, 3, 1, 4), 1e-2),
+    "ssd": Recurrence(ssd, ssd_ref, lambda b, t: test_ssd.inputs(b, t, 2, 3, 1, 4), 1e-3),
 }
 STEPS = [0.0, 1e-30, 1e-6, 1e-2, 1.0, 30.0, 1e4]
 DECAYS = [0.0, -1e-38, -1e-20, -1e-4, -1.0, -16.0, -1e4]
@@ -103,7 +103,7 @@ def test_rows_of_no_tokens_leave_the_state_alone(op: Recurrence, n_time: int) ->
     torch.testing.assert_close(state, op.oracle(*tensors, lengths=lengths)[1], rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)  # some draws miss 1e-2 in SSD: open in LOG
+@settings(max_examples=20, deadline=None)
 @given(st.sampled_from(sorted(RECURRENCES)), st.integers(1, 2), st.integers(1, 80), st.data())
 def test_fuzzed_steps_decays_documents_and_lengths(name: str, n_batch: int, n_time: int, data: st.DataObject) -> None:
     op = RECURRENCES[name]
