@@ -29,7 +29,7 @@ from nanochat.kernels.ssd import SSD, SSD_STEP
 from nanochat.model.config import ModelConfig
 from nanochat.model.lm import LM
 
-PACKAGES = ("tiktoken", "rustbpe", "safetensors", "pyarrow", "triton", "flash-attn", "wandb")
+PACKAGES = ("tiktoken", "rustbpe", "safetensors", "pyarrow", "triton", "numba", "flash-attn", "wandb")
 
 KERNELS: dict[str, Collection[str]] = {
     "attention": ATTENTION,
@@ -114,6 +114,8 @@ def advice(device: torch.device) -> Iterator[str]:
     """What is missing, with the command that mends it; only what would change something on this machine."""
     if device.type != "cuda" and torch.version.cuda is None and shutil.which("nvidia-smi"):
         yield "there is an NVIDIA GPU, but this torch was built without CUDA: pip install --force-reinstall torch"
+    if device.type == "cpu" and find_spec("numba") is None:
+        yield "without Numba, blocks of kind M train more slowly on a CPU: pip install 'nanochat[cpu]'"
     if device.type == "cuda":
         if find_spec("triton") is None:
             package = "triton-windows" if sys.platform == "win32" else "triton"

@@ -49,6 +49,12 @@ def test_a_gpu_without_triton(platform: str, package: str, monkeypatch: pytest.M
     assert [line.split(": ")[-1] for line in doctor.advice(CUDA)] == [f"pip install {package}"]
 
 
+def test_a_cpu_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None if name == "numba" else object())
+    assert [line.split(": ")[-1] for line in doctor.advice(CPU)] == ["pip install 'nanochat[cpu]'"]
+    assert list(doctor.advice(CUDA)) == []
+
+
 def test_a_gpu_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)

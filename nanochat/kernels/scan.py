@@ -4,11 +4,14 @@
 
 Letters: B batch, T time, E inner width, N state size; `_LBNE` is one chunk of L steps, time first.
 
-The fast version walks the sequence in chunks of a few steps: one in-place multiply-add a step over the whole batch,
+The chunked version walks the sequence in chunks of a few steps: one in-place multiply-add a step over the whole batch,
 buffers that stay in cache, the state saved once a chunk and everything else computed again in the backward pass.
+Training on a CPU takes `numba_scan` where Numba is installed.
 Products of decays are never formed in log space: with a large delta that loses all digits.
 """
 
+import functools
+import importlib.util
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nanochat.errors import UsageError
 from nanochat.kernels.blas import single_rows
 from nanochat.kernels.dispatch import choose
 from nanochat.kernels.external import run, scan_mamba_ssm
@@ -26,6 +30,7 @@ from nanochat.kernels.segments import padding, resets, state_dtype
 # Steps between saved states: long enough to hide the cost of a call, short enough for three buffers in cache.
 CHUNK_MIN, CHUNK_MAX, CHUNK_ELEMENTS = 16, 32, 1 << 19
 STEP_ELEMENTS = 1 << 15  # states of the rows that one CPU multiply-add advances
+NUMBA_LANES = 32  # channels that `numba_scan` takes together
 MAX_STATE = 64  # of a channel: what the Triton kernels hold in registers
 
 
@@ -55,9 +60,30 @@ def selective_scan(
     is zeroed at the first token of each new one. `lengths` (B,): rows are right-padded, the returned state is the one
     after token `lengths - 1`. Returns `y_BTE` in u's dtype and the state in float32 (float64 for float64 inputs).
     """
+    default = "chunked"
+    if u_BTE.device.type == "cpu" and torch.is_grad_enabled() and u_BTE.requires_grad and not numba_problem(u_BTE):
+        default = "numba"  # not for inference, which would wait for it to be loaded
     unfit = f"more than {MAX_STATE} states a channel" if A_EN.shape[1] > MAX_STATE else ""
     inputs = (u_BTE, delta_BTE, A_EN, B_BTN, C_BTN, D_E, state_BEN, segments_BT, lengths, bias_E, gate_BTE)
-    return run("selective_scan", SELECTIVE_SCAN, "chunked", unfit, inputs)
+    return run("selective_scan", SELECTIVE_SCAN, default, unfit, inputs)
+
+
+def numba_problem(u_BTE: Tensor) -> str:
+    """Why `numba_scan` cannot take such a call; empty when it can."""
+    if u_BTE.device.type != "cpu":
+        return f"it is for the CPU, not for {u_BTE.device.type}"
+    if u_BTE.dtype == torch.float64:
+        return "it computes in float32, not in float64"
+    if u_BTE.shape[2] % NUMBA_LANES:
+        return f"it takes multiples of {NUMBA_LANES} channels, not {u_BTE.shape[2]}"
+    if torch.compiler.is_compiling():
+        return "torch.compile cannot look into it"
+    return "" if _has_numba() else "Numba is not installed: pip install 'nanochat[cpu]'"
+
+
+@functools.cache
+def _has_numba() -> bool:
+    return importlib.util.find_spec("numba") is not None
 
 
 def selective_scan_ref(
@@ -152,7 +178,21 @@ def _selective_scan_step_triton(*inputs: Any) -> Tensor:
     return triton_decode.selective_scan_step(*inputs)
 
 
-def _selective_scan_chunked(
+def _selective_scan_numba(u_BTE: Tensor, *inputs: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    problem = numba_problem(u_BTE)
+    if problem:
+        raise UsageError(f"NANOCHAT_KERNEL_SELECTIVE_SCAN=numba: {problem}")
+    from nanochat.kernels import numba_scan
+
+    return _prepared(numba_scan.scan, u_BTE, *inputs, **options)
+
+
+def _selective_scan_chunked(*inputs: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    return _prepared(_ChunkedScan.apply, *inputs, **options)
+
+
+def _prepared(
+    scan: Callable[..., tuple[Tensor, Tensor]],
     u_BTE: Tensor,
     delta_BTE: Tensor,
     A_EN: Tensor,
@@ -167,13 +207,14 @@ def _selective_scan_chunked(
 ) -> tuple[Tensor, Tensor]:
     dtype = state_dtype(u_BTE.dtype)
     n_batch, n_time, _ = u_BTE.shape
+    # what every implementation on the CPU starts from
     delta_BTE = _step_size(delta_BTE, bias_E, dtype).to(dtype)
     if lengths is not None:  # delta 0: decay 1, input 0; the state stays as it is
         delta_BTE = delta_BTE.masked_fill(padding(lengths, n_time)[:, :, None], 0.0)
     if state_BEN is None:
         state_BEN = torch.zeros(n_batch, *A_EN.shape, dtype=dtype, device=u_BTE.device)
     reset_BT = None if segments_BT is None else resets(segments_BT)
-    y_BTE, last_BEN = _ChunkedScan.apply(u_BTE, delta_BTE, A_EN, B_BTN, C_BTN, D_E, state_BEN, reset_BT)
+    y_BTE, last_BEN = scan(u_BTE, delta_BTE, A_EN, B_BTN, C_BTN, D_E, state_BEN, reset_BT)
     return _gated(y_BTE, gate_BTE), last_BEN
 
 
@@ -334,6 +375,7 @@ def _backward(
 
 SELECTIVE_SCAN: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "chunked": _selective_scan_chunked,
+    "numba": _selective_scan_numba,
     "triton": _selective_scan_triton,
     "mamba_ssm": scan_mamba_ssm,
     "ref": selective_scan_ref,

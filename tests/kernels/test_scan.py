@@ -123,5 +123,5 @@ def test_implementation_by_name(monkeypatch: pytest.MonkeyPatch, caplog: pytest.
     assert [m for m in caplog.messages if "selective_scan: ref" in m] == caplog.messages[:1]
     torch.testing.assert_close(first, SELECTIVE_SCAN["chunked"](*args)[0])
     monkeypatch.setenv("NANOCHAT_KERNEL_SELECTIVE_SCAN", "fastest")
-    with pytest.raises(UsageError, match=r"NANOCHAT_KERNEL_SELECTIVE_SCAN=fastest.*chunked, mamba_ssm, ref, triton"):
+    with pytest.raises(UsageError, match=r"_SELECTIVE_SCAN=fastest.*chunked, mamba_ssm, numba, ref, triton"):
         selective_scan(*args)
