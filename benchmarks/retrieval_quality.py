@@ -115,7 +115,7 @@ def retrievers(folder: Path, documents: list[Document], embedder: str) -> dict[s
         "bm25": lambda query, k: kb.search(query, k, mode="bm25", unique=True),
         "dense": lambda query, k: kb.search(query, k, mode="dense", unique=True),
         "rrf": lambda query, k: ranks.search(query, PASSAGES),
-        "fused": lambda query, k: kb.search(query, k, unique=True),
+        "fused": lambda query, k: kb.search(query, k, unique=True, reranker=None),
         OURS: lambda query, k: kb.search(query, k, unique=True, reranker=feedback),
     }
     return {**searches, **peers(documents, dense)}

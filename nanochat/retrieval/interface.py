@@ -33,7 +33,7 @@ class SearchesPassages(ABC):
         normalize: bool | str = False,
         unique: bool = False,
         reranker: Reranker | str | None = AUTO,
-        candidates: int = 50,
+        candidates: int | None = None,
     ) -> list[Hit]: ...
     @overload
     def search(
@@ -46,7 +46,7 @@ class SearchesPassages(ABC):
         normalize: bool | str = False,
         unique: bool = False,
         reranker: Reranker | str | None = AUTO,
-        candidates: int = 50,
+        candidates: int | None = None,
     ) -> list[list[Hit]]: ...
     def search(
         self, queries: str | Sequence[str], k: int = 5, filter: Filter | None = None, **options: Any
@@ -55,8 +55,9 @@ class SearchesPassages(ABC):
 
         `filter`: see filters.py. `mode`: which index of a hybrid one to ask (default: all of them). `normalize`:
         scores from 0 to 1 ("minmax", "max" or "rank"; True is "minmax"). `unique`: only the best passage of each
-        document. `reranker` (a Reranker, a name as in rerank.make_reranker, or None) judges the best `candidates` (or
-        k, if that is more) again; by default hybrid searches have feedback, the others none."""
+        document. `reranker` (a Reranker, a name as in rerank.make_reranker, or None) judges the best `candidates`
+        (default: as many as it says; k, if that is more) again; by default hybrid searches have feedback, the others
+        none."""
         query = Query(k, filter, **options)
         if isinstance(queries, str):
             return self._answers([queries], query)[0]

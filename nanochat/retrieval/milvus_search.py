@@ -16,7 +16,7 @@ from nanochat.retrieval.manifest import Version
 from nanochat.retrieval.milvus_client import MOST_ROWS, Connection, import_pymilvus
 from nanochat.retrieval.milvus_rows import DOCUMENT_FIELDS, Shape, document_of, expression, tokens
 from nanochat.retrieval.rerank import rerank
-from nanochat.retrieval.search import Query, choose_reranker
+from nanochat.retrieval.search import Query, choose_reranker, depth_with
 from nanochat.retrieval.staging import check_vectors
 
 FIELDS = {"bm25": ("sparse",), "dense": ("dense",), "hybrid": ("sparse", "dense")}  # mode -> fields to search
@@ -44,10 +44,10 @@ def answer(
     texts = [clean_text(text) for text in queries]
     fields = searcher.fields(query.mode)
     reranker = choose_reranker(query.reranker, len(fields) > 1, searcher.settings.get("analyser"))
-    depth = max(int(k), query.candidates) if reranker else int(k)
+    depth = depth_with(reranker, int(k), query.candidates)
     answers = searcher.search(texts, depth, fields, conditions, query.unique, embedder)
     if reranker is not None:
-        answers = [rerank(reranker, text, hits, int(k)) for text, hits in zip(texts, answers)]
+        answers = [rerank(reranker, text, hits, int(k), query.candidates) for text, hits in zip(texts, answers)]
     if query.normalize:
         kind = "minmax" if query.normalize is True else query.normalize
         answers = [normalize(hits, kind) for hits in answers]

@@ -27,7 +27,7 @@ class Query:
     normalize: bool | str = False
     unique: bool = False
     reranker: Reranker | str | None = AUTO
-    candidates: int = 50
+    candidates: int | None = None
 
 
 def run(view: View, queries: Sequence[str], query: Query, embedder: Callable[[], Embedder]) -> list[list[Hit]]:
@@ -40,7 +40,7 @@ def run(view: View, queries: Sequence[str], query: Query, embedder: Callable[[],
         return [[] for _ in texts]
     allowed = view.allowed(conditions) if conditions else None
     reranker = choose_reranker(query.reranker, len(kinds) > 1, view.manifest.settings.get("analyser"))
-    depth = max(k, query.candidates) if reranker else k
+    depth = depth_with(reranker, k, query.candidates)
     vectors = _embed(texts, embedder()) if "dense" in kinds else None
     founds = _rank(view, kinds, texts, vectors, depth, allowed)
     if query.unique:
@@ -52,7 +52,7 @@ def run(view: View, queries: Sequence[str], query: Query, embedder: Callable[[],
     if reranker is not None:
         from nanochat.retrieval.rerank import rerank
 
-        answers = [rerank(reranker, text, hits, k) for text, hits in zip(texts, answers)]
+        answers = [rerank(reranker, text, hits, k, query.candidates) for text, hits in zip(texts, answers)]
     if query.normalize:
         from nanochat.retrieval.fusion import normalize
 
@@ -71,6 +71,15 @@ def choose_reranker(reranker: Reranker | str | None, is_hybrid: bool, analyser: 
     from nanochat.retrieval.rerank import make_reranker
 
     return make_reranker(reranker, analyser)
+
+
+def depth_with(reranker: Reranker | None, k: int, candidates: int | None) -> int:
+    """How many hits a search needs for k of them to be left by the reranker."""
+    if reranker is None:
+        return k
+    from nanochat.retrieval.rerank import depth_of
+
+    return max(k, depth_of(reranker, candidates))
 
 
 def check_k(k: Any) -> int:

@@ -25,6 +25,7 @@ from nanochat.retrieval.removed import removed_at
 from nanochat.retrieval.store import Known, Segment, hash_id, numbers
 
 SPARE = 1.3  # how many more rows are asked for than would do if hidden ones were spread evenly
+FEW_ROWS = 200_000  # of which those of a version are told to the index at once, instead of looking for more and more
 CACHED_FILTERS = 16  # the latest ones; and together up to so many bytes
 CACHED_BYTES = 64 << 20
 
@@ -124,7 +125,7 @@ class View:
         hidden = held - self.version.passages
         wanted = k * held / self.version.passages * SPARE + 8 if hidden else float(k)
         first = True
-        while pending and (first or wanted < held / 4):
+        while pending and (first or wanted < held / 4) and not (hidden and held <= FEW_ROWS):
             first = False
             limit = math.ceil(wanted)
             found = index.search(_some(queries, pending), limit)
@@ -134,7 +135,7 @@ class View:
                 answers[i] = Found(one.rows[seen][:k], one.scores[seen][:k])
                 if len(answers[i].rows) < k and (len(one.rows) == limit or kind == "dense"):
                     late.append(i)
-            pending, wanted = late, wanted * 8
+            pending, wanted = late, wanted * 3
         if pending:
             found = index.search(_some(queries, pending), k, self.all_rows())
             for i, one in zip(pending, found):

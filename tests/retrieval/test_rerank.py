@@ -91,6 +91,7 @@ def test_weight_mixes_with_the_search():
     assert [(hit.id, hit.score) for hit in mixed] == [("d1", pytest.approx(0.7)), ("d0", 0.5), ("d2", 0.5)]
     assert [hit.id for hit in rerank(Fixed([0, 1, 2], weight=0.0), "q", hits, 3)] == ["d0", "d1", "d2"]
     assert [hit.id for hit in rerank(Fixed([0, 1, 2], depth=2), "q", hits, 1)] == ["d1"]
+    assert [hit.id for hit in rerank(Fixed([0, 1, 2], depth=2), "q", hits, 1, candidates=3)] == ["d2"]
     assert [hit.id for hit in rerank(Fixed([1, 1, 1]), "q", hits, 3)] == ["d0", "d1", "d2"]
 
 
