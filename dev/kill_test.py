@@ -131,6 +131,7 @@ def main() -> int:
     return int(different > 0)
 
 
+os.environ["NANOCHAT_KERNEL_SELECTIVE_SCAN"] = "chunked"  # Numba would compile for most of so short a life
 os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # killed processes leave tqdm's semaphores behind
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["nanochat.training.commands"])
