@@ -23,6 +23,12 @@ from nanochat.serving.settings import ServeSettings  # noqa: E402
 
 DESKTOP = {"viewport": {"width": 1280, "height": 720}}
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True, "device_scale_factor": 2}
+QUESTIONS = [
+    "Where was Alric Dask born?",
+    "What is the capital of Eldmoor?",
+    "Hello! Who are you?",
+    "Tell me where Silver Harbor Brothers has its seat.",
+]
 DOCUMENTS = [
     ("torwick", "Torwick", "Torwick is a town on the river Rill. Mara Velt founded it in 1712, after the great flood."),
     ("mara-velt", "Mara Velt", "Mara Velt was born in Fairfield. She built bridges and played the harp."),
@@ -60,6 +66,8 @@ def main(folder: Path) -> None:
         base.close()
         settings = ServeSettings(port=0, knowledge_dir=temporary)
         models = {"quickstart-rag": tiny_model("rag", "M", 1024), "quickstart-sft": tiny_model("sft", "M", 1024)}
+        for model in models.values():  # as after `make quickstart`
+            model.meta["suggestions"] = QUESTIONS
         running = run_server(settings, models)
         url = f"{next(running).url}/"
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
