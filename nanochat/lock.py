@@ -41,13 +41,15 @@ def lock_file(
                 owner = file.read().strip() or "unknown process"
                 raise NanochatError(f"{who} is writing to {path.parent} ({owner}); {if_busy}")
             time.sleep(0.02)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-        file.flush()
+        owner = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+        with contextlib.suppress(OSError):  # the lock is what counts: on a full disk it names nobody
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), owner.encode())
         try:
             yield
         finally:
-            file.truncate(0)
+            with contextlib.suppress(OSError):
+                os.ftruncate(file.fileno(), 0)
 
 
 @contextlib.contextmanager

@@ -304,7 +304,8 @@ def _failures(what: str) -> Iterator[None]:
     except (NanochatError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
-        if not isinstance(error, OSError | ValueError | RuntimeError) and type(error).__name__ != "PanicException":
+        known = isinstance(error, OSError | ValueError | TypeError | RuntimeError)
+        if not known and type(error).__name__ != "PanicException":
             raise
         raise NanochatError(f"{what}: {error}") from error
 

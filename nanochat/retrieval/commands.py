@@ -234,7 +234,7 @@ def compact(settings: CompactSettings) -> None:
 
 def reindex(settings: ReindexSettings) -> None:
     _need(settings, "kb", "reindex KB")
-    with KnowledgeBase.open(settings.kb) as base:
+    with KnowledgeBase.open(settings.kb, indexes=False) as base:
         base.reindex(settings.language or None, settings.embedder or None)
         print(f"{base.path}: indexes of {base.stats()['passages']:,} passages built anew")
 
@@ -245,7 +245,8 @@ def reindex(settings: ReindexSettings) -> None:
 def search(settings: SearchSettings) -> None:
     _need(settings, "kb", "search KB QUERY")
     if bool(settings.query) == bool(settings.queries):
-        raise UsageError(f"give a query or a file of --queries: {PROG} search KB QUERY")
+        both = ", not both" if settings.query else ""
+        raise UsageError(f"give a query or a file of --queries{both}: {PROG} search KB QUERY")
     queries = {"": " ".join(settings.query)} if settings.query else formats.read_queries(settings.queries)
     with _opened(settings) as base:
         find = _finder(base, settings, settings.unique, settings.normalize)
@@ -329,7 +330,7 @@ def verify(settings: ListSettings) -> int:
         base = KnowledgeBase.open(settings.kb)
     except UsageError:
         raise
-    except NanochatError as error:
+    except Exception as error:  # what damage does to what reads it cannot be foreseen
         problems = verification.problems(Path(settings.kb)) or [f"{error}."]
     else:
         with base:

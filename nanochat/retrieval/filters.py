@@ -15,6 +15,7 @@ matches.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -63,6 +64,11 @@ def _operand(key: str, name: Any, value: Any) -> Any:
             raise UsageError(f"filter on {key!r}: `in` takes a list of values, not {value!r}")
         return [_operand(key, "eq", one) for one in value]
     found = comparable(value)
+    if isinstance(value, int) and isinstance(found, float) and math.isfinite(found) and int(found) != value:
+        raise UsageError(
+            f"filter on {key!r}: {value} takes more than 64 bits, and neighbours of numbers so large are not told "
+            "apart; store such ids as texts, and ask for them as texts"
+        )
     if found is None:
         raise UsageError(f"filter on {key!r}: cannot compare with {value!r}; use a number, a text, true or false")
     return found

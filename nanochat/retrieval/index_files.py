@@ -10,6 +10,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nanochat.errors import NanochatError, UsageError
 from nanochat.retrieval.analysis import Analyser
 from nanochat.retrieval.document import Settings
@@ -82,3 +84,15 @@ def read_header(directory: Path, kind: str, format: int, settings: Settings) -> 
             f"{Analyser.of(wanted).settings()}: leave it out, or build a new knowledge base"
         )
     return stored, header
+
+
+def load_array(path: Path, mapped: bool = False) -> np.ndarray:
+    """An .npy file, read or mapped. Raises ValueError for one that is damaged, OSError for one that cannot be read."""
+    try:
+        if mapped:  # np.load would take zip files and pickles too
+            return np.asarray(np.lib.format.open_memmap(path, mode="r"))
+        return np.asarray(np.load(path, allow_pickle=False))
+    except OSError:
+        raise
+    except Exception as error:  # numpy reads the header as Python: a wrong bit there can raise anything
+        raise ValueError(f"{path.name} is no array: {error}") from error

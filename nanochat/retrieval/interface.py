@@ -13,8 +13,8 @@ from tqdm import tqdm
 from nanochat.errors import UsageError
 from nanochat.retrieval.document import Document, Filter, Hit, Reranker, clean_text
 from nanochat.retrieval.jsonl import file_list, places_of, read_documents
-from nanochat.retrieval.search import AUTO, Query
-from nanochat.retrieval.writer import Change, SameId
+from nanochat.retrieval.search import AUTO, Query, normalized
+from nanochat.retrieval.writer import Change, Refused, SameId
 
 Entered = TypeVar("Entered")
 
@@ -86,17 +86,25 @@ class SearchesDocuments(ABC):
 
     @overload  # a text is a sequence of texts too, and comes first
     def search(  # type: ignore[overload-overlap]
-        self, queries: str, k: int = 5, filter: Filter | None = None
+        self, queries: str, k: int = 5, filter: Filter | None = None, *, normalize: bool | str = False
     ) -> list[Hit]: ...
     @overload
-    def search(self, queries: Sequence[str], k: int = 5, filter: Filter | None = None) -> list[list[Hit]]: ...
     def search(
-        self, queries: str | Sequence[str], k: int = 5, filter: Filter | None = None
+        self, queries: Sequence[str], k: int = 5, filter: Filter | None = None, *, normalize: bool | str = False
+    ) -> list[list[Hit]]: ...
+    def search(
+        self,
+        queries: str | Sequence[str],
+        k: int = 5,
+        filter: Filter | None = None,
+        *,
+        normalize: bool | str = False,
     ) -> list[Hit] | list[list[Hit]]:
-        """The best `k` passages for a query, or a list of them for each of several."""
+        """The best `k` passages for a query, or a list of them for each of several. `normalize`: scores from 0 to 1
+        ("minmax", "max" or "rank"; True is "minmax")."""
         if isinstance(queries, str):
-            return self._answers([queries], k, filter)[0]
-        return self._answers(_several(queries), k, filter)
+            return normalized(self._answers([queries], k, filter), normalize)[0]
+        return normalized(self._answers(_several(queries), k, filter), normalize)
 
     @abstractmethod
     def _answers(self, texts: Sequence[str], k: int, filter: Filter | None) -> list[list[Hit]]:
@@ -135,15 +143,15 @@ def ingest_files(
         try:
             while (first := next(stream, None)) is not None:
                 total = total + commit(itertools.chain([first], itertools.islice(stream, commit_every - 1)), paths)
-        except SameId as error:
-            raise UsageError(_same_id(error, paths)) from None
+        except Refused as error:
+            raise UsageError(_with_places(error, paths)) from None
     return total + Change(total.version, skipped=len(skipped))
 
 
-def _same_id(error: SameId, paths: Sequence[Path]) -> str:
+def _with_places(error: Refused, paths: Sequence[Path]) -> str:
     """The error with the places of the documents in the files."""
     first, second = [*itertools.islice(places_of(error.name, paths), 2), "", ""][:2]
-    if not second:
+    if not second or not isinstance(error, SameId):
         return f"{first}: {error}" if first else str(error)
     return (
         f"{second}: document {error.name!r} stands at {first} too, with other content: give one of them another id, or "

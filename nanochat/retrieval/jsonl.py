@@ -74,6 +74,8 @@ def read_documents(
                 document = read_text_file(path)
                 if document is not None:
                     yield document
+                elif skipped:
+                    skipped(f"{path}: there is no text in it")
             except ValueError as error:
                 refuse(str(path), error)
             if progress:

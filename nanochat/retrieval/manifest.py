@@ -122,6 +122,10 @@ def read(directory: Path, name: str = NAME) -> Manifest:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         what = "does not exist" if not directory.exists() else f"is no knowledge base: it has no {name}"
+        if name == NAME and (directory / BACKUP).exists():
+            raise NanochatError(
+                f"{path} is gone; {BACKUP} beside it holds the state before the last commit: put a copy in its place"
+            ) from None
         raise UsageError(f"{directory} {what}; `nanochat retrieval build` makes one") from None
     except OSError as error:
         raise NanochatError(f"cannot read {path}: {error.strerror}") from error

@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -63,8 +64,9 @@ def describe_embedder(made: Embedder, given: EmbedderLike | None) -> dict[str, A
     return {"name": made.name, "dimension": made.dimension, "spec": spec}
 
 
-def open_view(path: Path, version: int | str | None, before: View | None) -> View:
-    """The newest version or a given one. Commits may delete files while they are being opened: then once more."""
+def open_view(path: Path, version: int | str | None, before: View | None, indexes: bool = True) -> View:
+    """The newest version or a given one. Commits may delete files while they are being opened: then once more.
+    `indexes`: False leaves them alone, damaged as they may be; then nothing is found."""
     failure: Exception | None = None
     serial = -1
     for _ in range(OPEN_ATTEMPTS):
@@ -75,7 +77,7 @@ def open_view(path: Path, version: int | str | None, before: View | None) -> Vie
         kinds, settings = generation.check_kind(now.settings["kind"]), generation.index_settings(now.settings)
         wanted = now.newest if version is None else now.find(version)
         try:
-            return View(path, now, wanted, kinds, settings, before)
+            return View(path, now if indexes else replace(now, generations=()), wanted, kinds, settings, before)
         except (FileNotFoundError, NanochatError) as error:
             failure = error
     hint = "" if "`verify`" in str(failure) else "; `verify` tells what is missing"

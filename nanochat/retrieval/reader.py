@@ -65,16 +65,18 @@ class Reader(SearchesPassages):
         version: int | str | None = None,
         read_only: bool = False,
         lock_timeout: float = LOCK_TIMEOUT,
+        indexes: bool = True,
     ) -> Opened:
         """Open a knowledge base; with `version`, a number or a tag, a read-only view of it.
 
         The embedder is remembered by name, so that only one of your own must be given; another one than it was built
-        with is an error, and so is another analyser."""
+        with is an error, and so is another analyser. Where its indexes are damaged, `indexes=False` opens the documents
+        alone, for `reindex`."""
         path = Path(path)
         settings = manifest.read(path).settings
         made = check_embedder(path, settings, embedder)
         check_analyser(path, settings, analyser)
-        view = open_view(path, version, None)
+        view = open_view(path, version, None, indexes)
         return cls(path, view, made, read_only or version is not None, version is not None, lock_timeout)
 
     def at(self: Opened, version: int | str) -> Opened:

@@ -9,6 +9,7 @@ import numpy as np
 
 from nanochat.errors import NanochatError
 from nanochat.retrieval.generation import sha256_file
+from nanochat.retrieval.index_files import load_array
 from nanochat.retrieval.manifest import Manifest, Version
 
 
@@ -18,8 +19,10 @@ def load_removed(directory: Path, manifest: Manifest) -> tuple[np.ndarray, np.nd
         return np.empty(0, np.int64), np.empty(0, np.int64)
     path = directory / manifest.removed[0]
     try:
-        rows, versions = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        rows, versions = load_array(path)
+        if rows.ndim != 1 or rows.dtype != np.int64:
+            raise ValueError(f"an array of {rows.dtype}")
+    except (ValueError, TypeError) as error:
         raise NanochatError(f"{path} is damaged ({error}); `verify` tells more") from error
     return rows, versions
 

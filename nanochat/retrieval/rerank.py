@@ -205,5 +205,10 @@ def make_reranker(
     if kind == "feedback" and not model:
         return FeedbackReranker(analyser)
     if kind == "cross-encoder" and model:
+        if not Path(model).is_dir():
+            raise UsageError(
+                f"reranker {spec}: there is no directory {model}; a model of a hub is "
+                "CrossEncoderReranker(NAME) in Python, or a directory that it was saved to"
+            )
         return CrossEncoderReranker(model)
     raise UsageError(f"unknown reranker {spec!r}: choose from none, feedback, cross-encoder:DIRECTORY")

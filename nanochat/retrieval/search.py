@@ -53,12 +53,16 @@ def run(view: View, queries: Sequence[str], query: Query, embedder: Callable[[],
         from nanochat.retrieval.rerank import rerank
 
         answers = [rerank(reranker, text, hits, k, query.candidates) for text, hits in zip(texts, answers)]
-    if query.normalize:
-        from nanochat.retrieval.fusion import normalize
+    return normalized(answers, query.normalize)
 
-        kind = "minmax" if query.normalize is True else query.normalize
-        answers = [normalize(hits, kind) for hits in answers]
-    return answers
+
+def normalized(answers: list[list[Hit]], how: bool | str) -> list[list[Hit]]:
+    """Hits with scores from 0 to 1: "minmax", "max" or "rank"; True is "minmax", False leaves them as they are."""
+    if not how:
+        return answers
+    from nanochat.retrieval.fusion import normalize
+
+    return [normalize(hits, "minmax" if how is True else how) for hits in answers]
 
 
 def choose_reranker(reranker: Reranker | str | None, is_hybrid: bool, analyser: Any) -> Reranker | None:

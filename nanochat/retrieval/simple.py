@@ -29,7 +29,7 @@ import numpy as np
 from nanochat.errors import NanochatError, UsageError
 from nanochat.retrieval.analysis import Analyser
 from nanochat.retrieval.document import Batch, Found, Settings
-from nanochat.retrieval.index_files import link, make_directory, read_header, write_header
+from nanochat.retrieval.index_files import link, load_array, make_directory, read_header, write_header
 from nanochat.retrieval.vector_file import ArrayWriter
 
 FORMAT = 1
@@ -345,7 +345,7 @@ def _file(directory: Path, name: int, part: str) -> Path:
 
 def _load(path: Path, dtype: str) -> np.ndarray:
     """A mapped array. Raises ValueError for a file that is none of this type."""
-    values = np.asarray(np.lib.format.open_memmap(path, mode="r"))  # np.load would take zip files and pickles too
+    values = load_array(path, mapped=True)
     if values.ndim != 1 or values.dtype != np.dtype(dtype):
         raise ValueError(f"{path.name} is no list of {dtype}")
     return values
@@ -356,5 +356,5 @@ def _failures(what: str) -> Iterator[None]:
     """What damaged or missing files and full disks raise, as one NanochatError."""
     try:
         yield
-    except (OSError, ValueError, IndexError, EOFError) as error:
-        raise NanochatError(f"{what}: {error}") from error
+    except (OSError, ValueError, IndexError, KeyError, TypeError, EOFError, MemoryError) as error:
+        raise NanochatError(f"{what}: {error!r}" if isinstance(error, KeyError) else f"{what}: {error}") from error

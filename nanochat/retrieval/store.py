@@ -30,9 +30,11 @@ from nanochat.errors import NanochatError
 from nanochat.retrieval.document import Document
 from nanochat.retrieval.filters import Condition, field_values, matches, sql
 from nanochat.retrieval.generation import describe
+from nanochat.retrieval.index_files import load_array
 from nanochat.retrieval.manifest import SegmentInfo, opened
 
 DATABASE, PLACES = "documents.sqlite", "places.npy"
+MOST_PASSAGES = 1 << 24  # of a document, far more than one can have: a larger number is damage
 _AT_ONCE = 500  # parameters of a query
 _SCHEMA = """
 CREATE TABLE documents (
@@ -251,7 +253,12 @@ class Segment:
         """All passages, sorted, of the documents with these (sorted) first rows."""
         if not len(rows):
             return rows
-        counts = self.rows[1][np.searchsorted(self.rows[0], rows)]
+        firsts, all_counts = self.rows
+        at = np.minimum(np.searchsorted(firsts, rows), len(firsts) - 1)
+        counts = all_counts[at]
+        overlap = (rows[:-1] + counts[:-1] > rows[1:]).any()
+        if overlap or (firsts[at] != rows).any() or counts.min() < 1 or counts[-1] > MOST_PASSAGES:
+            raise NanochatError(f"{self.directory / PLACES} is damaged; `verify` tells more")
         if counts.max() == 1:
             return rows
         starts = np.cumsum(counts) - counts
@@ -386,7 +393,7 @@ def _look_up(table: np.ndarray, hashes: np.ndarray) -> list[tuple[int, int]]:
 
 def _load(path: Path) -> np.ndarray:
     """Six lines of equal length, mapped. Raises ValueError for anything else."""
-    values = np.load(path, mmap_mode="r", allow_pickle=False)
+    values = load_array(path, mapped=True)
     if values.ndim != 2 or values.shape[0] != 6 or not values.shape[1] or values.dtype != np.int64:
         raise ValueError(f"{path.name} has the shape {values.shape}")
     return values.view(np.ndarray)

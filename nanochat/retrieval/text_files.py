@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import string
+from itertools import pairwise
 from pathlib import Path
 
 from nanochat.errors import NanochatError
@@ -40,7 +42,16 @@ def decoded(data: bytes) -> str:
 
 
 def text_title(name: str, text: str) -> str:
-    """The first heading of Markdown, else the name of the file without its ending."""
-    lines = text.splitlines() if name.lower().endswith((".md", ".markdown")) else []
-    heading = next((line[2:].strip() for line in lines if line.startswith("# ")), "")
+    """The first heading of Markdown or reStructuredText, else the name of the file without its ending."""
+    lines, heading = text.splitlines(), ""
+    if name.lower().endswith((".md", ".markdown")):
+        heading = next((line[2:].strip() for line in lines if line.startswith("# ")), "")
+    elif name.lower().endswith(".rst"):  # a line of text, underlined by one punctuation mark
+        pairs = ((above.strip(), below.strip()) for above, below in pairwise(lines))
+        heading = next((above for above, below in pairs if _underlines(below, above)), "")
     return heading[:MAX_TITLE] or Path(name).stem
+
+
+def _underlines(line: str, title: str) -> bool:
+    is_line = len(set(line)) == 1 and line[0] in string.punctuation
+    return is_line and len(line) >= len(title) > 0 and any(map(str.isalnum, title))

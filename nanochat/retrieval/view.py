@@ -160,9 +160,13 @@ class View:
         return documents
 
     def first_rows(self, rows: np.ndarray) -> np.ndarray:
-        """The first rows of the documents that passages belong to: equal for passages of one document."""
+        """The first rows of the documents that passages belong to: equal for passages of one document. Raises
+        NanochatError for a row that no segment holds."""
         firsts = rows.copy()
         at = np.searchsorted(self._ends, rows, side="right")
+        if (at == len(self.segments)).any():
+            row = rows[at == len(self.segments)][0]
+            raise NanochatError(f"the index names passage {row}, which no document has; run `verify`")
         for i in set(at.tolist()):
             segment, mine = self.segments[i], at == i
             firsts[mine] = segment.rows[0][segment.places(rows[mine])]

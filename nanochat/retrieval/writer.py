@@ -39,12 +39,19 @@ MERGE_DEAD = 1000  # passages: a generation with more dead ones, and more than l
 ON_DUPLICATE = ("skip", "keep", "raise")
 
 
-class SameId(UsageError):
-    """A document whose id another one has, with other content."""
+class Refused(UsageError):
+    """A document that another one stands in the way of: `name` is its id."""
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(f"document {name!r} {why}")
+        self.name = name
+
+
+class SameId(Refused):
+    """Its id is another one's, with other content."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(f"document {name!r} is already there with other content: `update` replaces it")
-        self.name = name
+        super().__init__(name, "is already there with other content: `update` replaces it")
 
 
 @dataclass(frozen=True)
@@ -196,8 +203,8 @@ class Writer:
                     contents.add(one.hash)
             elif one.hash in contents and on_duplicate != "keep":
                 if on_duplicate == "raise":
-                    same = f"document {name!r} has the title, content and metadata of another one"
-                    self._refuse(UsageError(same), on_error)
+                    same = "has the title, content and metadata of another one: leave one out, or --on-duplicate skip"
+                    self._refuse(Refused(name, same), on_error)
                 else:
                     self.counts["duplicates"] += 1
             else:

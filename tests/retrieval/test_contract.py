@@ -116,6 +116,16 @@ def test_the_best_comes_first_with_its_document(retriever: Made) -> None:
         assert all(hit.document == next(d for d in DOCUMENTS if d.id == hit.id) for hit in hits)
 
 
+def test_scores_can_be_from_0_to_1(retriever: Made) -> None:
+    plain = retriever.search("moon air star sea", k=4)
+    for how in (True, "minmax", "max", "rank"):
+        hits = retriever.search("moon air star sea", k=4, normalize=how)
+        assert [hit.document for hit in hits] == [hit.document for hit in plain]
+        assert all(0 <= hit.score <= 1 for hit in hits)
+        assert hits[0].score == pytest.approx(1.0)
+        assert retriever.search(["moon air star sea"], k=4, normalize=how) == [hits]
+
+
 def test_one_query_is_one_list_and_many_are_many(retriever: Made) -> None:
     queries = ["hot star", "", "salt water", "xyzzy", "the"]
     many = retriever.search(queries, k=2)

@@ -63,6 +63,9 @@ def test_a_lost_manifest_has_a_backup(kb: KnowledgeBase) -> None:
     path.write_bytes(whole[:-5] + whole[-4:])
     with pytest.raises(NanochatError, match=r"manifest\.json is damaged .*manifest\.backup\.json"):
         KnowledgeBase.open(kb.path)
+    path.unlink()
+    with pytest.raises(NanochatError, match=r"manifest\.json is gone; manifest\.backup\.json .* put a copy"):
+        KnowledgeBase.open(kb.path)
     os.replace(kb.path / manifest.BACKUP, path)
     with KnowledgeBase.open(kb.path) as restored:
         assert ids(restored.search("moon")) == ["moon"]
@@ -118,6 +121,33 @@ def test_any_flipped_bit_is_reported(tmp_path: Path, kind: str, letters: Any) ->
             assert problems(tmp_path / "kb"), f"bit {place} of {path}"
             back()
     assert not problems(tmp_path / "kb")
+
+
+@pytest.mark.parametrize("kind", ["simple", "hybrid"])
+def test_what_a_flipped_bit_does_to_readers_is_one_error(tmp_path: Path, kind: str, letters: Any) -> None:
+    """Headers of arrays are Python that numpy parses, and counts reserve memory: anything could be raised."""
+    embedder = letters() if kind == "hybrid" else None
+    with KnowledgeBase.create(tmp_path / "kb", kind=kind, embedder=embedder) as kb:
+        kb.add([MOON, SUN, Document("long", "one two three " * 100)])
+        kb.update([Document("moon", "dust")])
+    draws = np.random.default_rng(0)
+    for path in sorted((tmp_path / "kb").rglob("*")):
+        if not path.is_file() or not path.stat().st_size or path.suffix in (".faiss", ".lock"):
+            continue
+        if "bm25" in path.parts and path.suffix not in (".fast", ".json"):
+            continue  # tantivy's own formats: its panics are tested with its index
+        n = 8 * path.stat().st_size
+        for place in (*draws.integers(0, min(n, 1024), 20), *draws.integers(0, n, 10)):
+            back = flip(path, int(place))
+            try:
+                with KnowledgeBase.open(tmp_path / "kb", embedder=embedder) as kb:
+                    kb.search(["dust", "sun"], 5, unique=True)
+                    kb.get("long")
+                    kb.at(1).search("moon", 3)
+            except NanochatError:
+                pass
+            finally:
+                back()
 
 
 FULL_DISK = """

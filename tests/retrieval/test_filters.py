@@ -127,6 +127,10 @@ def test_what_is_no_filter_is_refused(bad: Any) -> None:
 def test_comparable_stays_within_sqlite() -> None:
     assert comparable(True) == 1
     assert comparable(2**64) == 2.0**64
+    assert check({"h": 2**64}) == {"h": {"eq": 2.0**64}}
+    for filter in ({"h": 2**64 - 1}, {"h": {"gt": 2**64 - 2}}, {"h": [1, -(2**63) - 1]}):
+        with pytest.raises(UsageError, match=r"filter on 'h': -?[0-9]+ takes more than 64 bits.*as texts"):
+            check(filter)
     assert comparable(-(10**400)) == -np.inf
     assert comparable(float("nan")) is None
     assert comparable({}) is None

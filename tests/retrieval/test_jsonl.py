@@ -112,7 +112,8 @@ def test_text_files_are_documents(tmp_path: Path) -> None:
         list(read_documents(folder))
     skipped: list[str] = []
     assert list(read_documents(folder, "skip", skipped.append)) == found
-    assert "z.txt: this is no text" in skipped[0]
+    assert "empty.txt: there is no text in it" in skipped[0]
+    assert "z.txt: this is no text" in skipped[1]
     write(folder / "documents.jsonl", '{"id": "j", "text": "x"}')
     assert [d.id for d in read_documents(folder)] == ["j"]  # then the folder is one of JSONL
 

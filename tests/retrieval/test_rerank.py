@@ -115,6 +115,9 @@ def test_rerankers_by_name(tmp_path):
     for bad in ("feedback:x", "cross-encoder", "magic"):
         with pytest.raises(UsageError, match="choose from none, feedback, cross-encoder:DIRECTORY"):
             make_reranker(bad)
+    missing = tmp_path / "nowhere"
+    with pytest.raises(UsageError, match=f"there is no directory {missing}"):
+        make_reranker(f"cross-encoder:{missing}")
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -355,6 +356,22 @@ def test_ids_that_are_there_with_other_content(call: Call) -> None:
     assert call("add", "kb", "new.jsonl", "--on-error=skip").out == "version 2: 1 added, 1 skipped\n"
 
 
+def test_a_document_that_files_hold_twice_is_named_with_its_place(call: Call) -> None:
+    write("a.jsonl", [{"id": "a", "content": "x"}, {"id": "b", "content": "x"}])
+    done = call("build", "a.jsonl", "--output=kb", "--type=simple", "--on-duplicate=raise")
+    assert done.code == 2
+    assert "a.jsonl, line 2: document 'b' has the title, content and metadata of another one" in done.err
+
+
+def test_files_without_text_are_counted(call: Call) -> None:
+    Path("texts").mkdir()
+    Path("texts/one.rst").write_text("======\nA walk\n======\n\nUp the hill.\n")
+    Path("texts/empty.txt").write_text(" \n")
+    done = call("build", "texts", "--output=kb", "--type=simple")
+    assert (done.code, "1 skipped" in done.out + done.err) == (0, True), done
+    assert call("get", "kb", "texts/one.rst").json["title"] == "A walk"
+
+
 def test_an_id_that_files_hold_twice_is_named_with_both_places(call: Call) -> None:
     write("a.jsonl", [{"id": "a", "content": "x"}, {"id": "b", "content": "y"}])
     write("b.jsonl", ["", {"id": "c", "content": "z"}, {"_id": "b", "text": "other"}])
@@ -415,6 +432,21 @@ def test_verify_names_the_damaged_file_and_reindex_mends_an_index(call: Call, ho
     assert (done.code, path.name in done.out) == (1, True)
     assert call("verify", "kb", "--json").json["problems"]
     assert call("search", "kb", "air").code in (0, 1)  # an answer, or the error; no traceback
+
+
+@pytest.mark.parametrize("lost", ["gen-*", "gen-*/bm25", "gen-*/bm25/meta.json", "gen-*/dense/*.vectors.npy"])
+def test_reindex_needs_no_index(call: Call, lost: str) -> None:
+    pytest.importorskip("tantivy")
+    pytest.importorskip("faiss")
+    built(call, "--embedder=hashed:16", kind="hybrid")
+    wanted = ids(call("search", "kb", "air", "--json"))
+    for path in sorted(Path("kb").glob(lost)):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert call("search", "kb", "air").code == 1
+    done = call("reindex", "kb")
+    assert (done.code, "built anew" in done.out) == (0, True), done.err
+    assert ids(call("search", "kb", "air", "--json")) == wanted
+    assert call("verify", "kb").code == 0
 
 
 def test_damage_names_verify_once(call: Call) -> None:
