@@ -34,8 +34,9 @@ MATH = {"reassoc", "contract", "nsz", "arcp"}
 
 @numba.njit(inline="always", fastmath=MATH)
 def _exp2(x: Any) -> Any:
-    """2^x for x <= 0, to half a unit in the last place or so: 2^f = 1 + f P(f) for |f| <= 1/2, and an exponent."""
+    """2^x, to half a unit in the last place or so: 2^f = 1 + f P(f) for |f| <= 1/2, and an exponent."""
     x = np.float32(-127.0) if x < np.float32(-127.0) else x
+    x = np.float32(128.0) if x > np.float32(128.0) else x  # infinite
     n = np.floor(x + np.float32(0.5))
     f = x - n
     p = np.float32(0.00015453163359779865)
@@ -182,12 +183,12 @@ class _Scan(torch.autograd.Function):
         u, delta, A_EN, B, C, D_E, state_BEN, reset_BT = inputs
         n_batch, n_time, n_inner = u.shape
         args = [_plain(v) for v in (u, delta, A_EN.t() / LOG_2, B, C, D_E, state_BEN.transpose(1, 2))]
-        border_BT = torch.zeros(n_batch, n_time)
+        border_BT = _zeros(n_batch, n_time)
         if reset_BT is not None:
             border_BT.masked_fill_(reset_BT, CUT)
-        y = torch.empty(u.shape)
-        before_ZBNE = torch.empty(-(-n_time // CHUNK), n_batch, A_EN.shape[1], n_inner)
-        last_BNE = torch.empty(n_batch, A_EN.shape[1], n_inner)
+        y = _empty(*u.shape)
+        before_ZBNE = _empty(-(-n_time // CHUNK), n_batch, A_EN.shape[1], n_inner)
+        last_BNE = _empty(n_batch, A_EN.shape[1], n_inner)
         _share(_forward, n_batch * n_inner // LANES, *args, border_BT, y, before_ZBNE, last_BNE)
         ctx.save_for_backward(u, delta, A_EN, B, C, D_E, border_BT, before_ZBNE)
         ctx.state_dtype = state_BEN.dtype
@@ -201,10 +202,10 @@ class _Scan(torch.autograd.Function):
         n_state, n_block = A_EN.shape[1], n_inner // LANES
         ends = [_plain(v) for v in (dy_BTE, dlast_BEN.transpose(1, 2))]
         args = [_plain(v) for v in (u, delta, A_EN.t(), A_EN.t() / LOG_2, B, C, D_E)]
-        du, ddelta = torch.empty(u.shape), torch.empty(u.shape)
-        dA_BNE, dstate_BNE = (torch.empty(n_batch, n_state, n_inner) for _ in range(2))
-        dB_KBTN, dC_KBTN = (torch.empty(n_block, n_batch, n_time, n_state) for _ in range(2))
-        dD_BE = torch.empty(n_batch, n_inner)
+        du, ddelta = _empty(*u.shape), _empty(*u.shape)
+        dA_BNE, dstate_BNE = (_empty(n_batch, n_state, n_inner) for _ in range(2))
+        dB_KBTN, dC_KBTN = (_empty(n_block, n_batch, n_time, n_state) for _ in range(2))
+        dD_BE = _empty(n_batch, n_inner)
         found = (du, ddelta, dA_BNE, dB_KBTN, dC_KBTN, dD_BE, dstate_BNE)
         _share(_backward, n_batch * n_block, *args, border_BT, before_ZBNE, *ends, *found)
         dA, dB, dC, dD = dA_BNE.sum(0).t(), dB_KBTN.sum(0), dC_KBTN.sum(0), dD_BE.sum(0)
@@ -219,7 +220,21 @@ def scan(*inputs: Any) -> tuple[Tensor, Tensor]:
 
     All on the CPU, E a multiple of `LANES`, delta in float32 after softplus.
     """
-    return _Scan.apply(*inputs)
+    u, delta, A_EN, B, C, D_E, state_BEN, reset_BT = inputs
+    n_batch, n_time, n_inner = u.shape
+    rows = (n_batch, n_time, A_EN.shape[1])
+    # machine code checks no bounds: torch does, and says what does not fit
+    delta, A_EN, B, C = delta.expand(u.shape), A_EN.expand(n_inner, -1), B.expand(rows), C.expand(rows)
+    state_BEN = state_BEN.expand(n_batch, n_inner, -1).expand(-1, -1, rows[2])
+    return _Scan.apply(u, delta, A_EN, B, C, D_E.expand(n_inner), state_BEN, reset_BT)
+
+
+def _empty(*shape: int) -> Tensor:  # whatever torch's defaults are
+    return torch.empty(*shape, dtype=torch.float32, device="cpu")
+
+
+def _zeros(*shape: int) -> Tensor:
+    return torch.zeros(*shape, dtype=torch.float32, device="cpu")
 
 
 def _plain(v: Tensor) -> Tensor:

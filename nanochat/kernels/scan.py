@@ -11,7 +11,9 @@ Products of decays are never formed in log space: with a large delta that loses 
 """
 
 import functools
+import importlib
 import importlib.util
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +28,8 @@ from nanochat.kernels.blas import single_rows
 from nanochat.kernels.dispatch import choose
 from nanochat.kernels.external import run, scan_mamba_ssm
 from nanochat.kernels.segments import padding, resets, state_dtype
+
+logger = logging.getLogger("nanochat")
 
 # Steps between saved states: long enough to hide the cost of a call, short enough for three buffers in cache.
 CHUNK_MIN, CHUNK_MAX, CHUNK_ELEMENTS = 16, 32, 1 << 19
@@ -83,7 +87,14 @@ def numba_problem(u_BTE: Tensor) -> str:
 
 @functools.cache
 def _has_numba() -> bool:
-    return importlib.util.find_spec("numba") is not None
+    if importlib.util.find_spec("numba") is None:
+        return False
+    try:
+        importlib.import_module("numba")
+    except Exception as error:  # it wants another NumPy, for example
+        logger.warning("Numba is installed, but cannot be imported (%s): Mamba trains without it", error)
+        return False
+    return True
 
 
 def selective_scan_ref(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -102,6 +103,38 @@ def test_extreme_inputs_are_not_hidden(value: float, which: int) -> None:
         torch.testing.assert_close(a, b, equal_nan=True)
 
 
+@pytest.mark.parametrize("wrong", ["delta", "A", "B", "C", "D", "state"])
+def test_shapes_that_do_not_fit_are_refused(wrong: str) -> None:
+    tensors = [x.detach().float() for x in inputs(2, 8, 64, 2)]
+    _, delta, A, B, C, D, state = tensors
+    short = {
+        "delta": delta[..., :32], "A": A[:32], "B": B[:, :5], "C": C.repeat(1, 1, 2), "D": D[:32],
+        "state": state[:, :32],
+    }  # fmt: skip
+    i = ["u", *short].index(wrong)
+    tensors[i] = short[wrong]
+    with pytest.raises(RuntimeError):
+        scan(*tensors)
+
+
+def test_torch_s_defaults_do_not_matter() -> None:
+    tensors = [x.detach().float() for x in inputs(1, 8, 32, 2)]
+    wanted = scan(*tensors)
+    for dtype in (torch.float64, torch.bfloat16):
+        try:
+            torch.set_default_dtype(dtype)
+            found = scan(*tensors)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, wanted))
+
+
+def test_growth_without_bound_is_infinite() -> None:
+    u, delta, A, *rest = (x.detach().float() for x in inputs(1, 8, 32, 2))
+    state = scan(u, delta, A.abs() * 1e4, *rest)[1]
+    assert not state.isfinite().any()
+
+
 def test_threads_do_not_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     def run() -> list[Tensor]:
         tensors = leaves(inputs(2, 100, 96, 16), torch.float32)
@@ -131,10 +164,16 @@ def test_chosen_for_training_on_a_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> 
     with torch.no_grad():
         selective_scan(*(x.clone().requires_grad_() for x in fit))
     assert taken.pop() == "chunked"
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    scan_module._has_numba.cache_clear()
-    selective_scan(*(x.clone().requires_grad_() for x in fit))
-    assert taken.pop() == "chunked"
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda name: None)
+        scan_module._has_numba.cache_clear()
+        selective_scan(*(x.clone().requires_grad_() for x in fit))
+        assert taken.pop() == "chunked"
+    with monkeypatch.context() as patch:  # an installation that is broken
+        patch.setitem(sys.modules, "numba", None)
+        scan_module._has_numba.cache_clear()
+        selective_scan(*(x.clone().requires_grad_() for x in fit))
+        assert taken.pop() == "chunked"
     scan_module._has_numba.cache_clear()
 
 
