@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import call  # noqa: F401 - a fixture
 
 from nanochat.retrieval.document import Document
 from nanochat.retrieval.knowledge_base import KnowledgeBase
